@@ -1,0 +1,170 @@
+"""Write a causal pair of torch models as a bundle."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.graphs import CausalBackboneGraph, DenoiseStepGraph, LogDensityGraph, TimeEmbeddingGraph
+from export.models.causal import CausalBackbone, CausalModel
+from export.parity import require_parity
+from export.to_onnx import WeightsFile, export_graph, save_weights
+from specdec_rt.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    CacheShape,
+    Defaults,
+    Graph,
+    GraphName,
+    ImageLayout,
+    Manifest,
+    Model,
+    file_sha256,
+    graph_bindings,
+)
+from specdec_rt.schedule import ChainSpec
+
+__all__ = ["CausalPair", "write_bundle"]
+
+EXAMPLE_IMAGES, EXAMPLE_INPUTS, EXAMPLE_ROWS, EXAMPLE_STEPS, EXAMPLE_BRANCHES = 3, 4, 5, 6, 2
+"""Sizes of the inputs that graphs are traced and compared on: no two alike, none 0 or 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalPair:
+    """All that a causal bundle is made of."""
+
+    name: str
+    target: CausalModel
+    drafts: Mapping[str, CausalModel | CausalBackbone]
+    """a bare backbone drives the target's head"""
+    chain: ChainSpec
+    image: ImageLayout
+    defaults: Defaults
+    provenance: dict[str, Any]
+
+
+def write_bundle(pair: CausalPair, out: Path, *, half: bool) -> Manifest:
+    """Export every graph, compare each with torch, and write the bundle to `out` (replaced as a whole).
+
+    `half` stores weights in half precision; graphs compute in single precision either way. The models'
+    own parameters are rounded to what is stored. Raises ParityError where a graph disagrees with torch.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        errors: dict[str, float] = {}
+        target = _export_model(pair.target, "target", folder, errors, half=half)
+        drafts = {name: _export_model(model, name, folder, errors, half=half) for name, model in pair.drafts.items()}
+        for path in folder.iterdir():
+            path.chmod(0o644)
+        size = pair.target.backbone.size
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            name=pair.name,
+            family="causal",
+            tokens=size.tokens,
+            token_dim=size.token_dim,
+            classes=size.classes,
+            image=pair.image,
+            chain=pair.chain,
+            defaults=pair.defaults,
+            target=target,
+            drafts=drafts,
+            files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+            provenance={**pair.provenance, "relative_error_against_torch": errors},
+        )
+        (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        folder.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+def _export_model(
+    model: CausalModel | CausalBackbone, name: str, folder: Path, errors: dict[str, float], *, half: bool
+) -> Model:
+    backbone = model.backbone if isinstance(model, CausalModel) else model
+    head = model.head if isinstance(model, CausalModel) else None
+    size = backbone.size
+    parts: dict[str, nn.Module] = {"backbone": backbone} if head is None else {"backbone": backbone, "head": head}
+    weights = save_weights(parts, folder / f"{name}.safetensors", half=half)
+    record = Model(
+        parameters=sum(p.numel() for part in parts.values() for p in part.parameters()),
+        z_dim=backbone.z_dim,
+        head_width=None if head is None else head.width,
+        head="target" if head is None else "own",
+        cache=CacheShape(layers=size.depth, heads=size.heads, head_dim=size.width // size.heads),
+        graphs={},
+    )
+    graphs: dict[GraphName, nn.Module] = {GraphName.BACKBONE: CausalBackboneGraph(backbone)}
+    if head is not None:
+        graphs[GraphName.TIME_EMBEDDING] = TimeEmbeddingGraph(head)
+        graphs[GraphName.DENOISE_STEP] = DenoiseStepGraph(head)
+        graphs[GraphName.LOG_DENSITY] = LogDensityGraph(head)
+    examples = _examples(record, size.token_dim, size.tokens)
+    exported = {
+        graph: _export_one(module, examples[graph], graph, record, size.token_dim, folder, name, weights, errors)
+        for graph, module in graphs.items()
+    }
+    return record.model_copy(update={"graphs": exported})
+
+
+def _export_one(
+    module: nn.Module,
+    examples: list[Any],
+    graph: GraphName,
+    record: Model,
+    token_dim: int,
+    folder: Path,
+    name: str,
+    weights: WeightsFile,
+    errors: dict[str, float],
+) -> Graph:
+    path = folder / f"{name}.{graph}.onnx"
+    inputs, outputs = graph_bindings(graph, record, token_dim=token_dim)
+    with torch.no_grad():
+        export_graph(module, examples, (inputs, outputs), path, weights)
+        errors[path.name] = require_parity(module, examples, inputs, path)
+    return Graph(file=path.name, inputs=inputs, outputs=outputs)
+
+
+def _examples(record: Model, token_dim: int, tokens: int) -> dict[GraphName, list[Any]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    cache = record.cache
+    slots = tokens + 2
+    caches = [normal(EXAMPLE_IMAGES, cache.heads, slots, cache.head_dim) for _ in range(2 * cache.layers)]
+    position = torch.tensor([0, tokens // 2, tokens - 2])  # the last one's inputs run past the image's end
+    shared = [
+        normal(EXAMPLE_BRANCHES, EXAMPLE_ROWS, record.z_dim),
+        normal(EXAMPLE_BRANCHES, EXAMPLE_ROWS),
+        normal(EXAMPLE_STEPS, record.head_width or 0),
+        normal(EXAMPLE_STEPS, 4),
+    ]
+    step = torch.arange(EXAMPLE_ROWS)
+    return {
+        GraphName.BACKBONE: [
+            normal(EXAMPLE_IMAGES, EXAMPLE_INPUTS, token_dim),
+            position,
+            torch.arange(EXAMPLE_IMAGES),
+            caches,
+        ],
+        GraphName.TIME_EMBEDDING: [torch.arange(0, 900, 150)],
+        GraphName.DENOISE_STEP: [normal(EXAMPLE_ROWS, token_dim), *shared, step, normal(EXAMPLE_ROWS, token_dim)],
+        GraphName.LOG_DENSITY: [normal(EXAMPLE_ROWS, EXAMPLE_STEPS + 1, token_dim), *shared],
+    }
+

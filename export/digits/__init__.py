@@ -1,0 +1,1 @@
+"""Training of the shipped digits pair; run as `python -m export.digits`."""

@@ -1,0 +1,180 @@
+"""One resumable, seeded training loop, and the losses of the pair's models."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export.digits.data import CLASSES, TOKENS, Digits, patchify
+from export.models.causal import CausalModel
+from export.models.head import DiffusionHead
+from specdec_rt.schedule import TRAINING_STEPS, Chain, cosine_alpha_bar
+
+__all__ = ["FitOptions", "denoising_loss", "fit", "path_divergence_loss", "prepare_tokens"]
+
+LABEL_DROP = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How long and how fast one model is trained."""
+
+    epochs: int
+    batch: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.02
+    warm_up: int = 200
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""`(tokens [B, L, D], label [B])` to a scalar; draws its own noise from torch's global generator."""
+
+
+def shifted(images: Tensor) -> Tensor:
+    """The batch moved by up to one pixel each way: nine times the data (a digit's margin is wider)."""
+    down, right = torch.randint(-1, 2, (2,)).tolist()
+    return images.roll((down, right), dims=(1, 2))
+
+
+def prepare_tokens(images: Tensor) -> Tensor:
+    """uint8 `[B, 28, 28]` to dequantised tokens `[B, 49, 16]` in [-1, 1]."""
+    noisy = (images.float() + torch.rand(images.shape)) / 256
+    return patchify(noisy * 2 - 1)
+
+
+def drop_labels(label: Tensor) -> Tensor:
+    """Replace a share of the labels by the dropped label, so that guidance has a model to lean on."""
+    return torch.where(torch.rand(label.shape) < LABEL_DROP, CLASSES, label)
+
+
+def noised(tokens: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """`tokens [..., D]` at `timestep [..., K]` to `(state, noise)`, each `[..., K, D]`."""
+    signal = torch.from_numpy(cosine_alpha_bar()).float()[timestep][..., None]
+    noise = torch.randn(*timestep.shape, tokens.shape[-1])
+    return signal.sqrt() * tokens[..., None, :] + (1 - signal).sqrt() * noise, noise
+
+
+def predict(head: DiffusionHead, state: Tensor, timestep: Tensor, z: Tensor) -> Tensor:
+    """`state [B, L, K, D]`, `timestep [B, L, K]`, `z [B, L, Z]` to ε̂ `[B, L, K, D]`."""
+    time_rows = head.time_embed(torch.arange(TRAINING_STEPS))
+    return head(state, time_rows[timestep] + head.cond_embed(z)[..., None, :])
+
+
+def denoising_loss(model: CausalModel, *, context_std: float, draws: int) -> Loss:
+    """Mean squared error of ε̂ at `draws` random steps of each token, the context noised as the chain does."""
+
+    def loss(tokens: Tensor, label: Tensor) -> Tensor:
+        context = tokens + context_std * torch.randn_like(tokens)
+        z = model.backbone(context, drop_labels(label))
+        timestep = torch.randint(TRAINING_STEPS, (len(tokens), TOKENS, draws))
+        state, noise = noised(tokens, timestep)
+        return F.mse_loss(predict(model.head, state, timestep, z), noise)
+
+    return loss
+
+
+def path_divergence_loss(
+    draft: nn.Module, target: CausalModel, chain: Chain, *, context_std: float, draws: int
+) -> Loss:
+    """KL divergence of the chain's path under the draft from the target's, through the frozen target head.
+
+    A sum over the chain's transitions of b²/(2σ²)‖ε̂_q - ε̂_p‖², estimated at steps drawn half by that
+    weight and half uniformly, then reweighted. Returned per token.
+    """
+    weight = torch.from_numpy(chain.epsilon_weight)
+    probability = 0.5 * weight / weight.sum() + 0.5 / len(weight)
+    importance = (weight / probability).float()
+    steps = torch.from_numpy(chain.timestep)
+    target.requires_grad_(False)
+
+    def loss(tokens: Tensor, label: Tensor) -> Tensor:
+        context = tokens + context_std * torch.randn_like(tokens)
+        label = drop_labels(label)
+        count = len(tokens) * TOKENS * draws
+        row = torch.multinomial(probability, count, replacement=True).view(len(tokens), TOKENS, draws)
+        state, _ = noised(tokens, steps[row])
+        with torch.no_grad():
+            wanted = predict(target.head, state, steps[row], target.backbone(context, label))
+        found = predict(target.head, state, steps[row], draft(context, label))
+        return (importance[row] * (found - wanted).square().sum(-1)).mean()
+
+    return loss
+
+
+@torch.no_grad()
+def held_out(loss: Loss, data: Digits) -> float:
+    """The loss on the test images, on the same draws every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return loss(prepare_tokens(data.test_images), data.test_labels).item()
+
+
+def fit(
+    module: nn.Module, loss: Loss, data: Digits, options: FitOptions, checkpoint: Path, progress: Progress
+) -> nn.Module:
+    """Train `module`'s trainable parameters on `loss`; return it holding its moving average, in eval mode.
+
+    Resumes from `checkpoint` where that exists, and rewrites it (atomically) after every epoch.
+    """
+    torch.manual_seed(options.seed)
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    optimiser = torch.optim.AdamW(
+        parameters.values(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay
+    )
+    per_epoch = len(data.train_images) // options.batch
+    total = options.epochs * per_epoch
+    step = 0
+    history: list[tuple[float, float]] = []
+    if checkpoint.exists():
+        stored = torch.load(checkpoint, weights_only=True)
+        for name, parameter in parameters.items():
+            parameter.data.copy_(stored["model"][name])
+        average, step, history = stored["average"], stored["step"], stored["history"]
+        optimiser.load_state_dict(stored["optimiser"])
+        torch.set_rng_state(stored["rng"])
+    task = progress.add_task(checkpoint.stem, total=total, completed=step)
+    while step < total:
+        running = 0.0
+        for batch in torch.randperm(len(data.train_images))[: per_epoch * options.batch].split(options.batch):
+            scale = min((step + 1) / options.warm_up, 0.5 * (1 + math.cos(math.pi * step / total)))
+            for group in optimiser.param_groups:
+                group["lr"] = options.learning_rate * scale
+            value = loss(prepare_tokens(shifted(data.train_images[batch])), data.train_labels[batch])
+            optimiser.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), options.clip)
+            optimiser.step()
+            decay = min(options.ema, (step + 1) / (step + 10))
+            for name, parameter in parameters.items():
+                average[name].lerp_(parameter.detach(), 1 - decay)
+            step += 1
+            running += value.item()
+            progress.update(task, completed=step)
+        history.append((running / per_epoch, held_out(loss, data)))
+        train, test = history[-1]
+        progress.console.log(
+            f"{checkpoint.stem}: epoch {step // per_epoch} of {options.epochs}, loss {train:.4f}, held out {test:.4f}"
+        )
+        state = {
+            "model": {name: p.detach() for name, p in parameters.items()},
+            "average": average,
+            "optimiser": optimiser.state_dict(),
+            "step": step,
+            "history": history,
+            "rng": torch.get_rng_state(),
+        }
+        part = checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        part.rename(checkpoint)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(average[name])
+    return module.eval()

@@ -1,0 +1,87 @@
+"""ONNX Runtime on the CPU: IO binding over NumPy buffers, nothing copied."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from specdec_rt.engine import BoundCall
+from specdec_rt.errors import BackendError
+from specdec_rt.types import Array
+
+__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine"]
+
+_DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(int64)": np.dtype(np.int64)}
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeBackend:
+    """Makes engines that run on `threads` cores (None: as many as ONNX Runtime finds)."""
+
+    threads: int | None = None
+    name: str = "onnxruntime"
+
+    def load(self, path: Path) -> "OnnxRuntimeEngine":
+        """Make an engine of the ONNX file at `path`. Raises BackendError where ONNX Runtime cannot."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads or 0
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # what it warns of is no news to a user of the bundle
+        # Decoding alternates short calls with short host work: spinning between them beats waking up.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a family of unrelated types
+            raise BackendError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
+        return OnnxRuntimeEngine(path, session)
+
+
+class OnnxRuntimeEngine:
+    """One session; `bind` as in `engine.Engine`."""
+
+    def __init__(self, path: Path, session: onnxruntime.InferenceSession) -> None:
+        self._path = path
+        self._session = session
+        self._inputs = {value.name: value for value in session.get_inputs()}
+        self._outputs = {value.name: value for value in session.get_outputs()}
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
+        """Fix the buffers of a call. Raises BackendError where one does not fit its binding."""
+        self._check("inputs", self._inputs, inputs)
+        self._check("outputs", self._outputs, outputs)
+        binding = self._session.io_binding()
+        # On the CPU an OrtValue shares the array's memory, and keeps the array alive.
+        values = {
+            id(array): onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            for array in (*inputs.values(), *outputs.values())
+        }
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, values[id(array)])
+        for name, array in outputs.items():
+            binding.bind_ortvalue_output(name, values[id(array)])
+        session, path = self._session, self._path
+
+        def call() -> None:
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as error:  # ONNX Runtime raises a family of unrelated types
+                raise BackendError(f"ONNX Runtime failed while it ran {path}: {error}") from error
+
+        return call
+
+    def _check(self, kind: str, declared: Mapping[str, onnxruntime.NodeArg], given: Mapping[str, Array]) -> None:
+        if declared.keys() != given.keys():
+            raise BackendError(f"{self._path} has the {kind} {sorted(declared)}, was bound to {sorted(given)}")
+        for name, array in given.items():
+            value = declared[name]
+            sizes = [size if isinstance(size, int) else None for size in value.shape]
+            fits = len(sizes) == array.ndim and all(
+                size in (None, found) for size, found in zip(sizes, array.shape, strict=True)
+            )
+            if not fits or _DTYPES.get(value.type) != array.dtype or not array.flags.c_contiguous:
+                raise BackendError(
+                    f"{self._path}: {name} is {value.type} {value.shape}; was bound to {array.dtype} {array.shape}"
+                    f"{'' if array.flags.c_contiguous else ', not contiguous'}"
+                )

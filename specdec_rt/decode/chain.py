@@ -1,0 +1,167 @@
+"""A diffusion head on its engines: chains sampled step by step, or judged in one batched call."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from specdec_rt.engine import BoundCall, Engine
+from specdec_rt.schedule import Chain
+from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
+
+__all__ = ["Head", "Trajectory"]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Chains that were drawn."""
+
+    path: FloatArray
+    """`[R, n + 1, D]` visited states, noisiest first; the last is the token"""
+    mean: FloatArray
+    """`[R, n, D]` what each state after the first was drawn around"""
+
+
+@dataclass(frozen=True)
+class _StepBuffers:
+    """Static buffers of one batch shape, and the calls bound to them, one per transition."""
+
+    z: Array
+    guidance: Array
+    path: Array
+    """`[n + 1, R, D]`"""
+    noise: Array
+    mean: Array
+    calls: list[BoundCall]
+
+
+@dataclass(frozen=True)
+class _DensityBuffers:
+    z: Array
+    guidance: Array
+    path: Array
+    mean: Array
+    call: BoundCall
+
+
+class Head:
+    """One model's head and the chain it runs. `time_table [n, W]` is `time_embedding` of the chain's steps."""
+
+    def __init__(
+        self,
+        denoise_step: Engine,
+        log_density: Engine,
+        time_table: FloatArray,
+        chain: Chain,
+        token_dim: int,
+        z_dim: int,
+    ) -> None:
+        self.chain = chain
+        self.token_dim = token_dim
+        self.z_dim = z_dim
+        self._denoise_step = denoise_step
+        self._log_density = log_density
+        self._tables = {"time_table": time_table, "coefficients": chain.coefficients.astype(np.float32)}
+        self._step_buffers: dict[tuple[int, int], _StepBuffers] = {}
+        self._density_buffers: dict[tuple[int, int], _DensityBuffers] = {}
+
+    def sample(
+        self,
+        z: FloatArray,
+        guidance: FloatArray,
+        start: FloatArray,
+        noise: FloatArray,
+        *,
+        begin: IntArray | None = None,
+        evaluate: BoolArray | None = None,
+    ) -> Trajectory:
+        """Run the chains of R rows to their ends.
+
+        `z [G, R, Z]`, `guidance [G, R]`, `start [R, D]` the state before transition `begin [R]` (default 0),
+        `noise [R, n, D]`. Where `evaluate [n]` is False the head is not called: its last prediction of
+        the clean token is held. What lies before `begin` in the result means nothing.
+        """
+        n, rows = self.chain.length, len(start)
+        begin = np.zeros(rows, np.int64) if begin is None else begin
+        buffers = self._steps(z.shape[0], rows)
+        buffers.z[:], buffers.guidance[:] = z, guidance
+        buffers.noise[:] = noise.swapaxes(0, 1)
+        first = int(begin.min())
+        # Rows that start later run along from the first step on; each is set right at its own.
+        buffers.path[first] = start
+        held = np.zeros(0)
+        for step in range(first, n):
+            if step > first:
+                late = begin == step
+                if late.any():
+                    buffers.path[step, late] = start[late]
+            if evaluate is None or evaluate[step]:
+                buffers.calls[step]()
+                if evaluate is not None:
+                    held = self._predict_clean(buffers, step)
+            else:
+                self._hold(buffers, step, held)
+        ends = begin == n
+        if ends.any():
+            buffers.path[n, ends] = start[ends]
+        return Trajectory(buffers.path.swapaxes(0, 1).copy(), buffers.mean.swapaxes(0, 1).copy())
+
+    def means(self, path: FloatArray, z: FloatArray, guidance: FloatArray) -> FloatArray:
+        """`[R, n, D]`: the mean of every transition out of the states of `path [R, n + 1, D]`, in one call."""
+        key = (z.shape[0], len(path))
+        if key not in self._density_buffers:
+            self._density_buffers[key] = self._bind_density(*key)
+        buffers = self._density_buffers[key]
+        buffers.path[:], buffers.z[:], buffers.guidance[:] = path, z, guidance
+        buffers.call()
+        return buffers.mean.copy()
+
+    def _predict_clean(self, buffers: _StepBuffers, step: int) -> Array:
+        chain = self.chain
+        epsilon = (buffers.mean[step] - chain.state_coefficient[step] * buffers.path[step]) / chain.epsilon_coefficient[
+            step
+        ]
+        return np.asarray(chain.prediction_state[step] * buffers.path[step] + chain.prediction_epsilon[step] * epsilon)
+
+    def _hold(self, buffers: _StepBuffers, step: int, clean: Array) -> None:
+        chain = self.chain
+        of_clean = chain.epsilon_coefficient[step] / chain.prediction_epsilon[step]
+        of_state = chain.state_coefficient[step] - of_clean * chain.prediction_state[step]
+        buffers.mean[step] = of_state * buffers.path[step] + of_clean * clean
+        buffers.path[step + 1] = buffers.mean[step] + chain.std[step] * buffers.noise[step]
+
+    def _steps(self, branches: int, rows: int) -> _StepBuffers:
+        key = (branches, rows)
+        if key not in self._step_buffers:
+            self._step_buffers[key] = self._bind_steps(branches, rows)
+        return self._step_buffers[key]
+
+    def _bind_steps(self, branches: int, rows: int) -> _StepBuffers:
+        n, dim = self.chain.length, self.token_dim
+        z, guidance = self._conditions(branches, rows)
+        path = np.zeros((n + 1, rows, dim), np.float32)
+        noise, mean = np.zeros((n, rows, dim), np.float32), np.zeros((n, rows, dim), np.float32)
+        calls = [
+            self._denoise_step.bind(
+                {
+                    "state": path[step],
+                    "z": z,
+                    "guidance": guidance,
+                    **self._tables,
+                    "step": np.full(rows, step, np.int64),
+                    "noise": noise[step],
+                },
+                {"next_state": path[step + 1], "mean": mean[step]},
+            )
+            for step in range(n)
+        ]
+        return _StepBuffers(z, guidance, path, noise, mean, calls)
+
+    def _bind_density(self, branches: int, rows: int) -> _DensityBuffers:
+        n, dim = self.chain.length, self.token_dim
+        z, guidance = self._conditions(branches, rows)
+        path, mean = np.zeros((rows, n + 1, dim), np.float32), np.zeros((rows, n, dim), np.float32)
+        call = self._log_density.bind({"path": path, "z": z, "guidance": guidance, **self._tables}, {"mean": mean})
+        return _DensityBuffers(z, guidance, path, mean, call)
+
+    def _conditions(self, branches: int, rows: int) -> tuple[Array, Array]:
+        return np.zeros((branches, rows, self.z_dim), np.float32), np.zeros((branches, rows), np.float32)

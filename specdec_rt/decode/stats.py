@@ -1,0 +1,63 @@
+"""What decoding cost: counters that the loop fills, and the figures made of them."""
+
+from dataclasses import asdict, dataclass
+
+from specdec_rt.config import Mode
+
+__all__ = ["Counters", "Stats"]
+
+
+@dataclass
+class Counters:
+    """Sums over images: a batched call for B images counts B."""
+
+    rounds: int = 0
+    committed: int = 0
+    """tokens that rounds committed (prefilled ones are not among them)"""
+    accepted: int = 0
+    rejected: int = 0
+    """first rejections: drafts after one are dropped unjudged"""
+    target_backbone_calls: int = 0
+    draft_backbone_calls: int = 0
+    sequential_head_calls: int = 0
+    """single steps of a chain, of either model; a batched verification is none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """The figures of one request; ratios are None where nothing was drafted."""
+
+    mode: Mode
+    backend: str
+    images: int
+    rounds: int
+    acceptance_rate: float | None
+    """accepted / (accepted + first rejections)"""
+    tokens_per_round: float | None
+    target_backbone_calls: int
+    draft_backbone_calls: int
+    sequential_head_calls: int
+    seconds: float
+    images_per_second: float
+
+    @classmethod
+    def of(cls, counters: Counters, *, mode: Mode, backend: str, images: int, seconds: float) -> "Stats":
+        """The figures that `counters` amount to."""
+        judged = counters.accepted + counters.rejected
+        return cls(
+            mode=mode,
+            backend=backend,
+            images=images,
+            rounds=counters.rounds,
+            acceptance_rate=counters.accepted / judged if judged else None,
+            tokens_per_round=counters.committed / counters.rounds if counters.rounds else None,
+            target_backbone_calls=counters.target_backbone_calls,
+            draft_backbone_calls=counters.draft_backbone_calls,
+            sequential_head_calls=counters.sequential_head_calls,
+            seconds=seconds,
+            images_per_second=images / seconds,
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields as plain values, for JSON."""
+        return asdict(self)

@@ -1,0 +1,165 @@
+"""How the target judges drafted tokens, and what it puts in the place of the first that it rejects.
+
+`judge_exact` keeps the target's distribution exactly: block verification (Sun et al., arXiv 2403.10444)
+along the chain of each token. `judge_paper` is CSpD as published (arXiv 2411.11925 §3), an approximation.
+Rows are tokens of any image; `z [G, R, Z]` and `guidance [G, R]` are the target's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from specdec_rt.acceptance import BlockVerdict, block_verify, paper_log_acceptance
+from specdec_rt.decode.chain import Head
+from specdec_rt.decode.draft import ChainNoise, Proposal
+from specdec_rt.residual import draw_block_residual, draw_paper_residual
+from specdec_rt.types import BoolArray, FloatArray, IntArray
+
+__all__ = [
+    "Completion",
+    "ExactJudgement",
+    "PaperJudgement",
+    "complete_exact",
+    "complete_paper",
+    "judge_exact",
+    "judge_paper",
+]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Tokens of the target's own, for K rows whose draft was rejected."""
+
+    token: FloatArray
+    """`[K, D]` the chain's last state: what is fed back"""
+    mean: FloatArray
+    """`[K, D]` the mean it was drawn around"""
+    head_calls: int
+    """sequential head calls, summed over rows"""
+
+
+@dataclass(frozen=True)
+class ExactJudgement:
+    """Block verification's outcome for R rows."""
+
+    verdict: BlockVerdict
+    target_mean: FloatArray
+    """`[R, n, D]` the target's means out of the drafted states"""
+
+    @property
+    def accepted(self) -> BoolArray:
+        """`[R]` whether the whole path, and so the token, is kept."""
+        return np.asarray(self.verdict.accepted_steps == self.target_mean.shape[1])
+
+    @property
+    def mean(self) -> FloatArray:
+        """`[R, D]` what an accepted token shows: the target's mean, a function of the exact path."""
+        return self.target_mean[:, -1]
+
+
+def judge_exact(
+    head: Head, z: FloatArray, guidance: FloatArray, proposal: Proposal, uniform: FloatArray
+) -> ExactJudgement:
+    """Verify all paths in one batched call of the head; `uniform [R, n + 1]`."""
+    target_mean = head.means(proposal.path, z, guidance)
+    verdict = block_verify(proposal.noise.steps, proposal.mean, target_mean, head.chain.std, uniform)
+    return ExactJudgement(verdict, target_mean)
+
+
+def complete_exact(
+    head: Head,
+    z: FloatArray,
+    guidance: FloatArray,
+    proposal: Proposal,
+    judgement: ExactJudgement,
+    rows: IntArray,
+    *,
+    coordinate: FloatArray,
+    direction: FloatArray,
+    fresh: FloatArray,
+) -> Completion:
+    """Draw the state after each row's accepted prefix from the residual, then finish the target's chain.
+
+    For the K `rows`: `coordinate [K]` uniform and `direction [K, D]` normal draw the residual,
+    `fresh [K, n, D]` normal the transitions after it (never the draft's noise: that would bias them).
+    """
+    n = head.chain.length
+    step = judgement.verdict.accepted_steps[rows]
+    token = draw_block_residual(
+        proposal.mean[rows, step],
+        judgement.target_mean[rows, step],
+        head.chain.std[step],
+        judgement.verdict.log_weight[rows],
+        coordinate,
+        direction,
+    ).astype(np.float32)
+    mean = judgement.mean[rows].copy()
+    begin = step + 1
+    unfinished = np.flatnonzero(begin < n)
+    if len(unfinished):
+        chosen = rows[unfinished]
+        rest = head.sample(
+            z[:, chosen], guidance[:, chosen], token[unfinished], fresh[unfinished], begin=begin[unfinished]
+        )
+        token[unfinished], mean[unfinished] = rest.path[:, -1], rest.mean[:, -1]
+    return Completion(token, mean, head_calls=int((n - begin).sum()))
+
+
+@dataclass(frozen=True)
+class PaperJudgement:
+    """The published criterion's outcome for R rows."""
+
+    accepted: BoolArray
+    """`[R]`"""
+    proposal: Proposal
+    aligned_token: FloatArray
+    """`[R, D]` the target's own token, denoised with the draft's noise"""
+    aligned_mean: FloatArray
+    """`[R, D]`"""
+
+    @property
+    def mean(self) -> FloatArray:
+        """`[R, D]` what an accepted token shows: the draft's mean, since the draft's token is what is kept."""
+        return self.proposal.mean[:, -1]
+
+
+def judge_paper(
+    head: Head, z: FloatArray, guidance: FloatArray, proposal: Proposal, uniform: FloatArray, tau: float
+) -> PaperJudgement:
+    """Denoise every row with the target along its own states, then compare densities on the last transition.
+
+    `uniform [R]`. Draft and target share the chain's fixed variances, so Σ of the paper is 1.
+    """
+    aligned = head.sample(z, guidance, proposal.noise.start, proposal.noise.steps)
+    log_acceptance = paper_log_acceptance(
+        proposal.token,
+        proposal.mean[:, -1],
+        np.asarray(head.chain.final_density_std),
+        aligned.mean[:, -1],
+        np.asarray(head.chain.final_density_std),
+        np.zeros(len(uniform)),
+        tau,
+    )
+    return PaperJudgement(np.log(uniform) < log_acceptance, proposal, aligned.path[:, -1], aligned.mean[:, -1])
+
+
+def complete_paper(
+    head: Head, judgement: PaperJudgement, rows: IntArray, normal: FloatArray, uniform: FloatArray
+) -> Completion:
+    """Redraw the last transition of the K `rows`: tries `normal [K, tries, D]`, `uniform [K, tries]`.
+
+    Where no try passes, the target's own aligned token stands.
+    """
+    std = np.asarray(head.chain.final_density_std)
+    mean = judgement.aligned_mean[rows]
+    token, _ = draw_paper_residual(
+        judgement.proposal.mean[rows, -1],
+        std,
+        mean,
+        std,
+        np.zeros(len(rows)),
+        normal,
+        uniform,
+        judgement.aligned_token[rows],
+    )
+    return Completion(token.astype(np.float32), mean, head_calls=0)

@@ -1,0 +1,80 @@
+"""Every random number of a run: counter-based draws (Philox), keyed by seed, purpose, image and token.
+
+Keys hold neither batch nor round, so a token's noise depends neither on its companions in a batch, nor on
+their order, nor on the draft length. numpy guarantees the raw stream of a bit generator across versions,
+not its distributions (NEP 19): uniforms and normals are made here from the raw stream.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from specdec_rt.errors import UsageError
+from specdec_rt.types import FloatArray, IntArray
+
+__all__ = ["NoiseSource", "Purpose"]
+
+
+class Purpose(IntEnum):
+    """What a draw is for. The values are part of the format: never renumber them, only append."""
+
+    CHAIN = 0
+    """x_T and the noise of every transition, shared by draft and target"""
+    ACCEPTANCE = 1
+    """the uniforms that decide how long a prefix is accepted"""
+    RESIDUAL = 2
+    """the draw that replaces the first rejected state or token"""
+    COMPLETION = 3
+    """the target's noise on the transitions after a residual draw"""
+    ORDER = 4
+    """the order in which an image's tokens are predicted"""
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSource:
+    """The draws of one seed. A purpose's normals and its uniforms come from different streams."""
+
+    seed: int
+    """0 to 2**64 - 1"""
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.seed, int | np.integer) and 0 <= self.seed < 2**64):
+            raise UsageError(f"seed is {self.seed!r}; expected an integer from 0 to 2**64 - 1; pass another seed")
+
+    def normal(self, image: IntArray, token: IntArray, purpose: Purpose, steps: int, dim: int) -> FloatArray:
+        """`[R, steps, dim]` float32 from N(0, 1), for the tokens keyed by `image [R]` and `token [R]`.
+
+        Step s does not depend on `steps`: it reads its own block of the stream.
+        """
+        half = (dim + 1) // 2
+        uniform = _open_uniform(self._raw(image, token, purpose, 0, steps * 2 * half))
+        # Box-Muller: the first half of a step's block gives radii, the second half angles.
+        radius_angle = uniform.reshape(len(image), steps, 2, half)
+        radius = np.sqrt(-2 * np.log(radius_angle[:, :, 0]))
+        angle = 2 * np.pi * radius_angle[:, :, 1]
+        normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=2, dtype=np.float32)
+        return normal[:, :, :dim]
+
+    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int) -> FloatArray:
+        """`[R, count]` float64 strictly inside (0, 1), for the tokens keyed by `image [R]` and `token [R]`."""
+        return _open_uniform(self._raw(image, token, purpose, 1, count))
+
+    def _raw(
+        self, image: IntArray, token: IntArray, purpose: Purpose, kind: int, count: int
+    ) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
+        """`[R, count]` raw words. `kind` keeps a purpose's normals and uniforms apart."""
+        generator = np.random.Philox(key=np.array([self.seed, purpose], dtype=np.uint64))
+        state = generator.state
+        raw = np.empty((len(image), count), dtype=np.uint64)
+        for row, token_key, image_key in zip(raw, token, image, strict=True):
+            # Philox counts up from word 0, so streams that differ in words 1 to 3 never overlap.
+            state["state"]["counter"] = np.array([0, token_key, image_key, kind]).astype(np.uint64)
+            generator.state = state
+            row[:] = generator.random_raw(count)
+        return raw
+
+
+def _open_uniform(raw: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> FloatArray:
+    """The centres of 2**52 equal cells of (0, 1). With 53 bits the last centre would round to 1."""
+    return ((raw >> np.uint64(12)) + 0.5) * 2.0**-52

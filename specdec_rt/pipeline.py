@@ -1,0 +1,262 @@
+"""`load(bundle).generate(...)`: what a program that embeds the runtime calls."""
+
+import operator
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from specdec_rt.bundle import Bundle, GraphName, ImageLayout, load_bundle
+from specdec_rt.bundle import Model as ModelRecord
+from specdec_rt.config import SELF_DRAFT, DecodeOptions
+from specdec_rt.decode.chain import Head
+from specdec_rt.decode.draft import Model
+from specdec_rt.decode.loop import Decoder, Plan
+from specdec_rt.decode.stats import Counters, Stats
+from specdec_rt.engine import Backend, Engine
+from specdec_rt.errors import UsageError
+from specdec_rt.families.causal import CausalBackbone
+from specdec_rt.noise import NoiseSource
+from specdec_rt.schedule import Chain, ChainSpec, compile_chain, evaluated_steps
+from specdec_rt.types import Array, FloatArray, IntArray
+
+__all__ = ["BACKENDS", "Pipeline", "Result", "load"]
+
+BACKENDS = ("auto", "onnxruntime")
+DEFAULT_BATCH_SIZE = 16
+PAPER_PREFILL = 0.05
+SELF_SHARE = 0.4
+"""Share of the chain's steps that the "self" draft evaluates where nothing else is asked for."""
+
+Progress = Callable[[int, int], None]
+"""`(tokens committed, tokens in all)`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a request made."""
+
+    images: Array
+    """uint8 `[N, H, W, C]`"""
+    tokens: FloatArray
+    """float32 `[N, L, D]`"""
+    labels: IntArray
+    """`[N]`"""
+    stats: Stats
+
+
+def load(bundle: str | Path = "digits", *, backend: str = "auto", threads: int | None = None) -> "Pipeline":
+    """Check a bundle (a folder, or an embedded one's name) and make it ready to generate.
+
+    `threads` bounds the cores that engines use. Raises BundleError, BackendError or UsageError.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; expected a whole number of at least 1")
+    from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend  # heavy: not for `import specdec_rt`
+
+    return Pipeline(load_bundle(bundle), OnnxRuntimeBackend(threads))
+
+
+class Pipeline:
+    """A bundle on a backend. Engines are made when a request first needs them, then kept."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self._engines: dict[str, Engine] = {}
+        self._heads: dict[tuple[str | None, ChainSpec], Head] = {}
+
+    def generate(
+        self,
+        labels: Sequence[int] | IntArray,
+        *,
+        seed: int = 0,
+        options: DecodeOptions | None = None,
+        batch_size: int | None = None,
+        indices: Sequence[int] | IntArray | None = None,
+        progress: Progress | None = None,
+        **overrides: object,
+    ) -> Result:
+        """Make one image for each of `labels [N]`.
+
+        Image i draws its noise under key `indices[i]` (default i): the same seed and key give the same
+        image whatever the batch. Options are those of `DecodeOptions`, as a whole or by name. Raises
+        UsageError (ChainError where the bundle's chain cannot do what the mode needs).
+        """
+        if options is not None and overrides:
+            raise UsageError(f"both options and {sorted(overrides)} were given; pass one or the other")
+        options = options or make_options(**overrides)
+        labels = self._whole_numbers("labels", labels, self.bundle.manifest.classes)
+        keys = np.arange(len(labels)) if indices is None else self._whole_numbers("indices", indices, 2**63 - 1)
+        if len(keys) != len(labels):
+            raise UsageError(f"{len(keys)} indices were given for {len(labels)} labels; expected one for each")
+        size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+        if size < 1:
+            raise UsageError(f"batch_size is {size}; expected a whole number of at least 1")
+        noise = NoiseSource(seed)
+        chain = self._chain(options)
+        plan = self.plan(options, chain)
+        counters = Counters()
+        done = 0
+
+        def tell(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, len(labels) * plan.tokens)
+
+        started = time.perf_counter()
+        parts = [
+            self._decode(options, plan, chain, labels[i : i + size], keys[i : i + size], noise, counters, tell)
+            for i in range(0, len(labels), size)
+        ]
+        tokens = np.concatenate(parts)
+        stats = Stats.of(
+            counters,
+            mode=options.mode,
+            backend=self.backend.name,
+            images=len(labels),
+            seconds=time.perf_counter() - started,
+        )
+        return Result(to_pixels(tokens, self.bundle.manifest.image), tokens, labels, stats)
+
+    def plan(self, options: DecodeOptions, chain: Chain) -> Plan:
+        """Resolve options against the bundle's defaults. Raises UsageError where they cannot be met."""
+        manifest = self.bundle.manifest
+        defaults = manifest.defaults
+        draft = options.draft or defaults.draft
+        self_draft = draft == SELF_DRAFT
+        if not self_draft and draft not in manifest.drafts:
+            names = ", ".join([*manifest.drafts, SELF_DRAFT])
+            raise UsageError(f"draft is {draft!r}; bundle {manifest.name!r} has {names}")
+        if self_draft and options.mode in ("paper", "draft"):
+            raise UsageError(
+                f"draft 'self' has no model of its own, so mode {options.mode!r} cannot use it; "
+                f"take mode 'exact', or one of the drafts {', '.join(manifest.drafts)}"
+            )
+        if self_draft and options.draft_length not in (None, 1):
+            raise UsageError(f"draft_length is {options.draft_length}; draft 'self' proposes 1 token per round")
+        if options.ar_steps not in (None, manifest.tokens):
+            raise UsageError(
+                f"ar_steps is {options.ar_steps}; a causal family makes one token per step, so {manifest.tokens} here"
+            )
+        if options.mode == "exact":
+            chain.require_density_ratio()
+        steps = options.draft_steps
+        if steps is not None and steps > chain.length:
+            raise UsageError(f"draft_steps is {steps}; the chain has {chain.length} steps")
+        if self_draft and steps is None:
+            steps = round(SELF_SHARE * chain.length)
+        prefill = options.prefill
+        if prefill is None:
+            prefill = PAPER_PREFILL if options.mode == "paper" else 0.0
+        return Plan(
+            mode=options.mode,
+            tokens=manifest.tokens,
+            prefill=int(np.ceil(prefill * manifest.tokens)),
+            draft_length=1 if self_draft else options.draft_length or defaults.draft_length,
+            evaluate=None if steps is None else evaluated_steps(chain.length, steps),
+            self_draft=self_draft,
+            tau=options.tau,
+            guidance=defaults.guidance if options.guidance is None else options.guidance,
+            guidance_schedule=options.guidance_schedule or defaults.guidance_schedule,
+            emit_mean=chain.spec.emit == "mean",
+        )
+
+    def _chain(self, options: DecodeOptions) -> Chain:
+        spec = self.bundle.manifest.chain
+        fields = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+        return compile_chain(ChainSpec(**{**fields, "temperature": spec.temperature * options.temperature}))
+
+    def _decode(
+        self,
+        options: DecodeOptions,
+        plan: Plan,
+        chain: Chain,
+        labels: IntArray,
+        keys: IntArray,
+        noise: NoiseSource,
+        counters: Counters,
+        tell: Callable[[int], None],
+    ) -> FloatArray:
+        draft_name = options.draft or self.bundle.manifest.defaults.draft
+        needs_draft = plan.mode in ("exact", "paper", "draft") and not plan.self_draft
+        target = None if plan.mode == "draft" else self._model(None, chain, labels, plan)
+        draft = self._model(draft_name, chain, labels, plan) if needs_draft else None
+        return Decoder(plan, target, draft, noise, keys, counters, tell).run()
+
+    def _model(self, name: str | None, chain: Chain, labels: IntArray, plan: Plan) -> Model:
+        """The target (None) or a draft, its backbone fresh for a batch."""
+        manifest = self.bundle.manifest
+        record = manifest.model(name)
+        backbone = CausalBackbone(
+            self._engine(record, GraphName.BACKBONE),
+            record.cache,
+            record.z_dim,
+            labels,
+            manifest.classes,
+            branches=1 if plan.guidance == 1 else 2,
+            slots=Decoder.slots(plan),
+        )
+        return Model(backbone, self._head(name if record.head == "own" else None, chain))
+
+    def _head(self, name: str | None, chain: Chain) -> Head:
+        key = (name, chain.spec)
+        if key not in self._heads:
+            record = self.bundle.manifest.model(name)
+            assert record.head_width is not None  # the bundle was checked: this model has a head
+            table = np.empty((chain.length, record.head_width), np.float32)
+            embed = self._engine(record, GraphName.TIME_EMBEDDING)
+            embed.bind({"timestep": chain.timestep}, {"time_table": table})()
+            self._heads[key] = Head(
+                self._engine(record, GraphName.DENOISE_STEP),
+                self._engine(record, GraphName.LOG_DENSITY),
+                table,
+                chain,
+                self.bundle.manifest.token_dim,
+                record.z_dim,
+            )
+        return self._heads[key]
+
+    def _engine(self, record: ModelRecord, name: GraphName) -> Engine:
+        graph = record.graphs[name]
+        if graph.file not in self._engines:
+            self._engines[graph.file] = self.backend.load(self.bundle.path(graph))
+        return self._engines[graph.file]
+
+    @staticmethod
+    def _whole_numbers(name: str, values: Sequence[int] | IntArray, limit: int) -> IntArray:
+        """`values` as int64, each in 0 … limit - 1."""
+        try:
+            numbers = [operator.index(value) for value in values]
+        except TypeError as error:
+            raise UsageError(f"{name} is {values!r}; expected a list of whole numbers") from error
+        if not numbers:
+            raise UsageError(f"{name} is empty; expected at least one")
+        for number in numbers:
+            if not 0 <= number < limit:
+                raise UsageError(f"{name} holds {number}; expected 0 to {limit - 1}")
+        return np.array(numbers, np.int64)
+
+
+def make_options(**fields: object) -> DecodeOptions:
+    """DecodeOptions from keyword arguments; raises UsageError for a name that is none of its fields."""
+    unknown = sorted(set(fields) - set(DecodeOptions.__dataclass_fields__))
+    if unknown:
+        raise UsageError(
+            f"unknown option {unknown[0]!r}; expected some of {', '.join(DecodeOptions.__dataclass_fields__)}"
+        )
+    return DecodeOptions(**fields)  # type: ignore[arg-type]  # values are checked by DecodeOptions itself
+
+
+def to_pixels(tokens: FloatArray, layout: ImageLayout) -> Array:
+    """Tokens `[N, L, D]` in [-1, 1] to images uint8 `[N, H, W, C]`; each token is a patch, row by row."""
+    patch = layout.patch
+    rows, columns = layout.height // patch, layout.width // patch
+    grid = tokens.reshape(-1, rows, columns, patch, patch, layout.channels)
+    pixels = grid.swapaxes(2, 3).reshape(-1, layout.height, layout.width, layout.channels)
+    return np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)

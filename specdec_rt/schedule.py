@@ -1,0 +1,209 @@
+"""The head's denoising chain: which Gaussian transitions turn noise into a token.
+
+A `ChainSpec` is data (it stands in a bundle's manifest); `compile_chain` turns it into the table of
+coefficients that engines and acceptance read. Conventions are those of IDDPM (arXiv 2102.09672) as
+MAR (arXiv 2406.11838) uses them: cosine schedule over 1000 training steps, noise prediction.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from specdec_rt.errors import ChainError
+from specdec_rt.types import BoolArray, FloatArray, IntArray
+
+__all__ = [
+    "TRAINING_STEPS",
+    "Chain",
+    "ChainSpec",
+    "compile_chain",
+    "cosine_alpha_bar",
+    "evaluated_steps",
+    "guidance_weights",
+]
+
+TRAINING_STEPS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainSpec:
+    """A chain as a manifest describes it. Raises ChainError where the fields contradict each other."""
+
+    # A manifest with a misspelt field must fail, not fall back to a default: read by pydantic.
+    __pydantic_config__ = {"extra": "forbid"}
+
+    steps: int
+    """T, the training steps spread evenly from 0 to `t_max`."""
+    t_max: int = TRAINING_STEPS - 1
+    """largest training step used"""
+    drop_last: int = 0
+    """how many of the least noisy steps are left out"""
+    final_std: float = 0.0
+    """standard deviation of the last transition, before temperature"""
+    variance: Literal["small", "large", "learned"] = "large"
+    """which variance the other transitions take (IDDPM §3.1)"""
+    temperature: float = 1.0
+    """factor on every standard deviation"""
+    emit: Literal["sample", "mean"] = "sample"
+    """whether the token shown is the chain's last state or the mean it was drawn around"""
+
+    def __post_init__(self) -> None:
+        if self.variance not in ("small", "large", "learned"):
+            raise ChainError(f"chain.variance is {self.variance!r}; expected 'small', 'large' or 'learned'")
+        if self.emit not in ("sample", "mean"):
+            raise ChainError(f"chain.emit is {self.emit!r}; expected 'sample' or 'mean'")
+        if not 1 <= self.t_max < TRAINING_STEPS:
+            raise ChainError(f"chain.t_max is {self.t_max}; expected 1 to {TRAINING_STEPS - 1}")
+        if not 2 <= self.steps <= self.t_max + 1:
+            raise ChainError(f"chain.steps is {self.steps}; expected 2 to t_max + 1 = {self.t_max + 1}")
+        if not 0 <= self.drop_last < self.steps:
+            raise ChainError(f"chain.drop_last is {self.drop_last}; expected 0 to steps - 1 = {self.steps - 1}")
+        if not (math.isfinite(self.final_std) and self.final_std >= 0):
+            raise ChainError(f"chain.final_std is {self.final_std}; expected a number of at least 0")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ChainError(f"chain.temperature is {self.temperature}; expected a number above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A compiled chain of n = T - drop_last transitions, numbered from the noisiest.
+
+    Transition j maps state x to `N(state_coefficient[j] x + epsilon_coefficient[j] ε̂, std²)`, where ε̂ is
+    the head's prediction at `timestep[j]`; x̂₀ = prediction_state[j] x + prediction_epsilon[j] ε̂.
+    With `variance="learned"` log std runs from log `std[j]` (v = -1) to `log_std_range[j]` more (v = 1).
+    """
+
+    spec: ChainSpec
+    timestep: IntArray
+    """`[n]` training step that the head is told"""
+    state_coefficient: FloatArray
+    """`[n]`"""
+    epsilon_coefficient: FloatArray
+    """`[n]`"""
+    std: FloatArray
+    """`[n]` standard deviation after temperature; the lower bound where it is learned"""
+    log_std_range: FloatArray
+    """`[n]` zero unless learned"""
+    prediction_state: FloatArray
+    """`[n]`"""
+    prediction_epsilon: FloatArray
+    """`[n]`"""
+    final_density_std: float
+    """std that densities of the last transition use: its own, or the clipped posterior's where that is 0"""
+
+    @property
+    def length(self) -> int:
+        """n, the number of transitions."""
+        return len(self.timestep)
+
+    @property
+    def coefficients(self) -> FloatArray:
+        """`[n, 4]` float64: what the head engines read, columns state, epsilon, std, log std range."""
+        columns = (self.state_coefficient, self.epsilon_coefficient, self.std, self.log_std_range)
+        return np.stack(columns, axis=1)
+
+    @property
+    def epsilon_weight(self) -> FloatArray:
+        """`[n]` factor of ‖ε̂_q - ε̂_p‖² in the KL divergence of two paths: b²/(2σ²)."""
+        return self.epsilon_coefficient**2 / (2 * self.std**2)
+
+    def require_density_ratio(self) -> None:
+        """Raise ChainError, naming the field, where path densities do not exist or cannot be compared."""
+        spec = self.spec
+        if spec.variance == "learned":
+            raise ChainError(
+                "mode 'exact' needs equal variances in draft and target, but chain.variance is 'learned'; "
+                "export with a fixed-variance chain (variance = 'large'), or use mode 'paper'"
+            )
+        if spec.t_max == TRAINING_STEPS - 1:
+            raise ChainError(
+                f"mode 'exact' cannot work on a chain that starts at chain.t_max = {spec.t_max}: the step out of "
+                "pure noise makes acceptance 0; export with t_max of about 975"
+            )
+        if np.any(self.std <= 0):
+            raise ChainError(
+                f"mode 'exact' needs noise in every transition, but chain.final_std is {spec.final_std}; "
+                "export with final_std of about 0.1 (or the clipped posterior's, about 0.006)"
+            )
+
+
+def cosine_alpha_bar() -> FloatArray:
+    """`[1000]` float64: the cumulative signal share of the cosine schedule (arXiv 2102.09672 eq. 17)."""
+    edges = np.cos((np.arange(TRAINING_STEPS + 1) / TRAINING_STEPS + 0.008) / 1.008 * np.pi / 2) ** 2
+    betas = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
+    return np.cumprod(1 - betas)
+
+
+def compile_chain(spec: ChainSpec) -> Chain:
+    """Respace the cosine schedule to `spec` and tabulate its transitions (float64)."""
+    timesteps = np.array([round(i * spec.t_max / (spec.steps - 1)) for i in range(spec.steps)], dtype=np.int64)
+    alpha_bar = cosine_alpha_bar()[timesteps]
+    previous = np.concatenate([[1.0], alpha_bar[:-1]])
+    beta = 1 - alpha_bar / previous
+    posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
+    posterior_variance[0] = posterior_variance[1]  # log-clipped, as IDDPM does: the true one is 0
+
+    prediction_state = 1 / np.sqrt(alpha_bar)
+    prediction_epsilon = -np.sqrt(1 / alpha_bar - 1)
+    from_prediction = beta * np.sqrt(previous) / (1 - alpha_bar)
+    from_state = (1 - previous) * np.sqrt(1 - beta) / (1 - alpha_bar)
+    state_coefficient = from_state + from_prediction * prediction_state
+    epsilon_coefficient = from_prediction * prediction_epsilon
+
+    large = np.concatenate([posterior_variance[1:2], beta[1:]])
+    variance = large if spec.variance == "large" else posterior_variance
+    std = np.sqrt(variance)
+    log_std_range = np.zeros(spec.steps)
+    if spec.variance == "learned":
+        log_std_range = 0.5 * (np.log(beta) - np.log(posterior_variance))
+
+    clipped_std = float(np.sqrt(posterior_variance[spec.drop_last]))
+    # The last transition jumps from its state straight to the prediction of the clean token.
+    last = spec.drop_last
+    state_coefficient[last], epsilon_coefficient[last] = prediction_state[last], prediction_epsilon[last]
+    std[last], log_std_range[last] = spec.final_std, 0.0
+
+    kept = slice(None, last - 1 if last else None, -1)  # indices steps - 1 … last, noisiest first
+    return Chain(
+        spec=spec,
+        timestep=timesteps[kept].copy(),
+        state_coefficient=state_coefficient[kept].copy(),
+        epsilon_coefficient=epsilon_coefficient[kept].copy(),
+        std=std[kept] * spec.temperature,
+        log_std_range=log_std_range[kept].copy(),
+        prediction_state=prediction_state[kept].copy(),
+        prediction_epsilon=prediction_epsilon[kept].copy(),
+        final_density_std=(spec.final_std or clipped_std) * spec.temperature,
+    )
+
+
+def guidance_weights(
+    position: IntArray, *, tokens: int, scale: float, schedule: Literal["linear", "constant"]
+) -> FloatArray:
+    """Weights `[G, R]` of the branches' predictions for the tokens at `position [R]`.
+
+    ε̂ = s ε̂(label) + (1 - s) ε̂(no label); G is 1 where `scale` is 1. The linear schedule grows from 1 to
+    `scale` with the share of tokens that are known once this one is (MAR's `cfg_schedule`).
+    """
+    if scale == 1:
+        return np.ones((1, len(position)))
+    known = (position + 1) / tokens
+    weight = 1 + (scale - 1) * known if schedule == "linear" else np.full(len(position), float(scale))
+    return np.stack([weight, 1 - weight])
+
+
+def evaluated_steps(length: int, count: int) -> BoolArray:
+    """`[length]` bool: at which `count` of a chain's transitions a strided draft calls its head.
+
+    Half of them (at least the last quarter of the chain) are dense at the end, where the held prediction
+    costs most acceptance; the others are spread evenly over the rest, the first always among them.
+    """
+    count = min(count, length)
+    dense = min(count - 1, max(length // 4, count // 2))
+    chosen = np.zeros(length, np.bool_)
+    chosen[length - dense :] = True
+    spread = np.linspace(0, length - dense, count - dense, endpoint=False)
+    chosen[np.floor(spread).astype(np.int64)] = True
+    return chosen
