@@ -1,7 +1,6 @@
 """Write a causal pair of torch models as a bundle."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -10,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from export.graphs import CausalBackboneGraph, DenoiseStepGraph, LogDensityGraph, TimeEmbeddingGraph
-from export.models.causal import CausalBackbone, CausalModel
+from export.models.causal import CausalBackbone, CausalBackboneSize, CausalModel
+from export.models.head import DiffusionHead
 from export.parity import require_parity
 from export.to_onnx import WeightsFile, export_graph, save_weights
 from specdec_rt.bundle import (
     MANIFEST,
-    SCHEMA_VERSION,
     CacheShape,
     Defaults,
     Graph,
@@ -28,10 +28,11 @@ from specdec_rt.bundle import (
     Model,
     file_sha256,
     graph_bindings,
+    load_bundle,
 )
 from specdec_rt.schedule import ChainSpec
 
-__all__ = ["CausalPair", "write_bundle"]
+__all__ = ["CausalPair", "annotate", "read_pair", "write_bundle"]
 
 EXAMPLE_IMAGES, EXAMPLE_INPUTS, EXAMPLE_ROWS, EXAMPLE_STEPS, EXAMPLE_BRANCHES = 3, 4, 5, 6, 2
 """Sizes of the inputs that graphs are traced and compared on: no two alike, none 0 or 1."""
@@ -67,7 +68,7 @@ def write_bundle(pair: CausalPair, out: Path, *, half: bool) -> Manifest:
             path.chmod(0o644)
         size = pair.target.backbone.size
         manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
+            schema_version=1,
             name=pair.name,
             family="causal",
             tokens=size.tokens,
@@ -81,14 +82,68 @@ def write_bundle(pair: CausalPair, out: Path, *, half: bool) -> Manifest:
             files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
             provenance={**pair.provenance, "relative_error_against_torch": errors},
         )
-        (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        _write_manifest(folder, manifest)
         folder.chmod(0o755)
         if out.exists():
             shutil.rmtree(out)
-        os.replace(folder, out)
+        folder.replace(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return manifest
+
+
+def annotate(folder: Path, notes: Mapping[str, Any]) -> None:
+    """Add `notes` to the provenance of the bundle in `folder`."""
+    manifest = load_bundle(folder).manifest
+    _write_manifest(folder, manifest.model_copy(update={"provenance": {**manifest.provenance, **notes}}))
+
+
+def read_pair(folder: Path) -> CausalPair:
+    """The torch models of a bundle, from its own weights: what a re-export starts from."""
+    manifest = load_bundle(folder).manifest
+    target = _read_model(folder, "target", manifest.target, manifest)
+    assert isinstance(target, CausalModel)
+    return CausalPair(
+        name=manifest.name,
+        target=target,
+        drafts={name: _read_model(folder, name, record, manifest) for name, record in manifest.drafts.items()},
+        chain=manifest.chain,
+        image=manifest.image,
+        defaults=manifest.defaults,
+        provenance=manifest.provenance,
+    )
+
+
+def _read_model(folder: Path, name: str, record: Model, manifest: Manifest) -> CausalModel | CausalBackbone:
+    weights = {key: tensor.float() for key, tensor in load_file(folder / f"{name}.safetensors").items()}
+    size = CausalBackboneSize(
+        tokens=manifest.tokens,
+        token_dim=manifest.token_dim,
+        classes=manifest.classes,
+        width=weights["backbone.token_embed.weight"].shape[0],
+        depth=record.cache.layers,
+        heads=record.cache.heads,
+    )
+    backbone = CausalBackbone(size, adapter_dim=record.z_dim if "backbone.adapter.weight" in weights else None)
+    backbone.load_state_dict(_under("backbone.", weights))
+    if record.head_width is None:
+        return backbone.eval()
+    of_head = _under("head.", weights)
+    blocks = {key.split(".")[1] for key in of_head if key.startswith("res_blocks.")}
+    learned = manifest.chain.variance == "learned"
+    head = DiffusionHead(size.token_dim, record.z_dim, record.head_width, len(blocks), learned_variance=learned)
+    head.load_state_dict(of_head)
+    return CausalModel(backbone, head).eval()
+
+
+def _under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+    part.replace(folder / MANIFEST)
 
 
 def _export_model(
@@ -167,4 +222,3 @@ def _examples(record: Model, token_dim: int, tokens: int) -> dict[GraphName, lis
         GraphName.DENOISE_STEP: [normal(EXAMPLE_ROWS, token_dim), *shared, step, normal(EXAMPLE_ROWS, token_dim)],
         GraphName.LOG_DENSITY: [normal(EXAMPLE_ROWS, EXAMPLE_STEPS + 1, token_dim), *shared],
     }
-

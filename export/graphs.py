@@ -31,7 +31,7 @@ class CausalBackboneGraph(nn.Module):
         hides = torch.arange(slots) > place[..., None]  # [B, N, S]
         mask = torch.where(hides, -torch.inf, 0.0)[:, None]
         updated: list[Tensor] = []
-        for layer, block in enumerate(model.blocks):
+        for layer, block in enumerate(model.layers()):
             key, value = caches[2 * layer : 2 * layer + 2]
             attended, key, value = self._attend(block.attn, block.norm1(hidden), place, mask, key, value)
             updated += [key, value]

@@ -1,4 +1,4 @@
-"""Does a graph compute what its torch module computes?"""
+"""Whether a graph computes what its torch module computes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,9 @@ def require_parity(module: nn.Module, examples: Sequence[Any], inputs: Sequence[
     found = session.run(None, {binding.name: value.numpy() for binding, value in zip(inputs, flat, strict=True)})
     error = max(_relative_error(got, wanted) for got, wanted in zip(found, expected, strict=True))
     if not error <= TOLERANCE:
-        raise ParityError(f"{path.name} differs from torch by {error:.2e} (relative L2); at most {TOLERANCE} is allowed")
+        raise ParityError(
+            f"{path.name} differs from torch by {error:.2e} (relative L2); at most {TOLERANCE} is allowed"
+        )
     return error
 
 

@@ -163,5 +163,5 @@ def _share_weights(model: onnx.ModelProto, weights: WeightsFile) -> None:
 
 def _fingerprint(value: Array) -> bytes:
     digest = hashlib.sha256(repr((value.shape, str(value.dtype))).encode())
-    digest.update(np.ascontiguousarray(value))
+    digest.update(np.ascontiguousarray(value).data)
     return digest.digest()

@@ -62,12 +62,11 @@ def running_log_weight(log_ratio: FloatArray) -> FloatArray:
 
 def residual_mass(log_weight: FloatArray, distance: FloatArray) -> FloatArray:
     """`[...]`: S = ∫ max(e^w p - q, 0), for unit Gaussians p, q `distance [...]` apart, w = `log_weight [...]` ≤ 0."""
-    apart = distance > 0
-    # Bounds that change no result (e^-1000 is 0) but keep the quotient finite.
+    # Bounds that change no result (e^-1000 is 0, and S at 1e-150 as at 0) but keep the quotient finite.
     weight, gap = np.maximum(log_weight, -1e3), np.maximum(distance, 1e-150)
     boundary = weight / gap
     mass = np.exp(weight) * _normal_cdf(boundary + gap / 2) - _normal_cdf(boundary - gap / 2)
-    return np.where(apart, np.maximum(mass, 0.0), 0.0)
+    return np.maximum(mass, 0.0)
 
 
 def prefix_acceptance(log_weight: FloatArray, distance: FloatArray) -> FloatArray:

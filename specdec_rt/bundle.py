@@ -267,6 +267,8 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_models(path: Path, manifest: Manifest) -> None:
+    if manifest.chain.variance == "learned":
+        raise BundleError(f"{path}: chain.variance is 'learned', but a causal family's head predicts no variance")
     if manifest.target.head != "own":
         raise BundleError(f"{path}: target.head is 'target'; a target needs a head of its own")
     if manifest.defaults.draft not in manifest.drafts:

@@ -27,7 +27,10 @@ class Engine(Protocol):
 class Backend(Protocol):
     """A library that executes graphs."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        ...
 
     def load(self, path: Path) -> Engine:
         """Make an engine of the ONNX file at `path`. Raises BackendError where that is impossible."""

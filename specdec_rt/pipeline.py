@@ -3,7 +3,7 @@
 import operator
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from specdec_rt.bundle import Model as ModelRecord
 from specdec_rt.config import SELF_DRAFT, DecodeOptions
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import Model
-from specdec_rt.decode.loop import Decoder, Plan
+from specdec_rt.decode.loop import Decoder, Plan, Session
 from specdec_rt.decode.stats import Counters, Stats
 from specdec_rt.engine import Backend, Engine
 from specdec_rt.errors import UsageError
@@ -98,8 +98,7 @@ class Pipeline:
         if size < 1:
             raise UsageError(f"batch_size is {size}; expected a whole number of at least 1")
         noise = NoiseSource(seed)
-        chain = self._chain(options)
-        plan = self.plan(options, chain)
+        tokens_each = self.bundle.manifest.tokens
         counters = Counters()
         done = 0
 
@@ -107,14 +106,14 @@ class Pipeline:
             nonlocal done
             done += count
             if progress is not None:
-                progress(done, len(labels) * plan.tokens)
+                progress(done, len(labels) * tokens_each)
 
         started = time.perf_counter()
         parts = [
-            self._decode(options, plan, chain, labels[i : i + size], keys[i : i + size], noise, counters, tell)
+            Decoder(self.session(labels[i : i + size], options), noise, keys[i : i + size], counters, tell).run()
             for i in range(0, len(labels), size)
         ]
-        tokens = np.concatenate(parts)
+        tokens: FloatArray = np.concatenate(parts)
         stats = Stats.of(
             counters,
             mode=options.mode,
@@ -124,7 +123,19 @@ class Pipeline:
         )
         return Result(to_pixels(tokens, self.bundle.manifest.image), tokens, labels, stats)
 
-    def plan(self, options: DecodeOptions, chain: Chain) -> Plan:
+    def session(self, labels: IntArray, options: DecodeOptions) -> Session:
+        """The models that a batch of `labels [B]` needs, their caches empty. Raises as `generate` does."""
+        chain = self._chain(options)
+        plan = self._plan(options, chain)
+        draft = options.draft or self.bundle.manifest.defaults.draft
+        drafts = plan.mode in ("exact", "paper", "draft") and not plan.self_draft
+        return Session(
+            plan,
+            target=None if plan.mode == "draft" else self._model(None, chain, labels, plan),
+            draft=self._model(draft, chain, labels, plan) if drafts else None,
+        )
+
+    def _plan(self, options: DecodeOptions, chain: Chain) -> Plan:
         """Resolve options against the bundle's defaults. Raises UsageError where they cannot be met."""
         manifest = self.bundle.manifest
         defaults = manifest.defaults
@@ -169,25 +180,7 @@ class Pipeline:
 
     def _chain(self, options: DecodeOptions) -> Chain:
         spec = self.bundle.manifest.chain
-        fields = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
-        return compile_chain(ChainSpec(**{**fields, "temperature": spec.temperature * options.temperature}))
-
-    def _decode(
-        self,
-        options: DecodeOptions,
-        plan: Plan,
-        chain: Chain,
-        labels: IntArray,
-        keys: IntArray,
-        noise: NoiseSource,
-        counters: Counters,
-        tell: Callable[[int], None],
-    ) -> FloatArray:
-        draft_name = options.draft or self.bundle.manifest.defaults.draft
-        needs_draft = plan.mode in ("exact", "paper", "draft") and not plan.self_draft
-        target = None if plan.mode == "draft" else self._model(None, chain, labels, plan)
-        draft = self._model(draft_name, chain, labels, plan) if needs_draft else None
-        return Decoder(plan, target, draft, noise, keys, counters, tell).run()
+        return compile_chain(replace(spec, temperature=spec.temperature * options.temperature))
 
     def _model(self, name: str | None, chain: Chain, labels: IntArray, plan: Plan) -> Model:
         """The target (None) or a draft, its backbone fresh for a batch."""
@@ -200,7 +193,7 @@ class Pipeline:
             labels,
             manifest.classes,
             branches=1 if plan.guidance == 1 else 2,
-            slots=Decoder.slots(plan),
+            slots=plan.slots,
         )
         return Model(backbone, self._head(name if record.head == "own" else None, chain))
 
@@ -259,4 +252,4 @@ def to_pixels(tokens: FloatArray, layout: ImageLayout) -> Array:
     rows, columns = layout.height // patch, layout.width // patch
     grid = tokens.reshape(-1, rows, columns, patch, patch, layout.channels)
     pixels = grid.swapaxes(2, 3).reshape(-1, layout.height, layout.width, layout.channels)
-    return np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint((pixels + 1) * 127.5), 0, 255), np.uint8)

@@ -7,7 +7,7 @@ MAR (arXiv 2406.11838) uses them: cosine schedule over 1000 training steps, nois
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class ChainSpec:
     """A chain as a manifest describes it. Raises ChainError where the fields contradict each other."""
 
     # A manifest with a misspelt field must fail, not fall back to a default: read by pydantic.
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     steps: int
     """T, the training steps spread evenly from 0 to `t_max`."""
@@ -133,7 +133,8 @@ def cosine_alpha_bar() -> FloatArray:
     """`[1000]` float64: the cumulative signal share of the cosine schedule (arXiv 2102.09672 eq. 17)."""
     edges = np.cos((np.arange(TRAINING_STEPS + 1) / TRAINING_STEPS + 0.008) / 1.008 * np.pi / 2) ** 2
     betas = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
-    return np.cumprod(1 - betas)
+    alpha_bar: FloatArray = np.cumprod(1 - betas)
+    return alpha_bar
 
 
 def compile_chain(spec: ChainSpec) -> Chain:
@@ -152,8 +153,7 @@ def compile_chain(spec: ChainSpec) -> Chain:
     state_coefficient = from_state + from_prediction * prediction_state
     epsilon_coefficient = from_prediction * prediction_epsilon
 
-    large = np.concatenate([posterior_variance[1:2], beta[1:]])
-    variance = large if spec.variance == "large" else posterior_variance
+    variance = beta if spec.variance == "large" else posterior_variance
     std = np.sqrt(variance)
     log_std_range = np.zeros(spec.steps)
     if spec.variance == "learned":

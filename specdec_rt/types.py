@@ -13,6 +13,6 @@ import numpy.typing as npt
 __all__ = ["Array", "BoolArray", "FloatArray", "IntArray"]
 
 Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64] | npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]

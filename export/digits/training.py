@@ -35,7 +35,7 @@ class FitOptions:
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""`(tokens [B, L, D], label [B])` to a scalar; draws its own noise from torch's global generator."""
+"""`(images uint8 [B, 28, 28], label [B])` to a scalar; draws its own noise from torch's global generator."""
 
 
 def shifted(images: Tensor) -> Tensor:
@@ -71,7 +71,8 @@ def predict(head: DiffusionHead, state: Tensor, timestep: Tensor, z: Tensor) -> 
 def denoising_loss(model: CausalModel, *, context_std: float, draws: int) -> Loss:
     """Mean squared error of ε̂ at `draws` random steps of each token, the context noised as the chain does."""
 
-    def loss(tokens: Tensor, label: Tensor) -> Tensor:
+    def loss(images: Tensor, label: Tensor) -> Tensor:
+        tokens = prepare_tokens(images)
         context = tokens + context_std * torch.randn_like(tokens)
         z = model.backbone(context, drop_labels(label))
         timestep = torch.randint(TRAINING_STEPS, (len(tokens), TOKENS, draws))
@@ -95,7 +96,8 @@ def path_divergence_loss(
     steps = torch.from_numpy(chain.timestep)
     target.requires_grad_(False)
 
-    def loss(tokens: Tensor, label: Tensor) -> Tensor:
+    def loss(images: Tensor, label: Tensor) -> Tensor:
+        tokens = prepare_tokens(images)
         context = tokens + context_std * torch.randn_like(tokens)
         label = drop_labels(label)
         count = len(tokens) * TOKENS * draws
@@ -114,7 +116,7 @@ def held_out(loss: Loss, data: Digits) -> float:
     """The loss on the test images, on the same draws every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return loss(prepare_tokens(data.test_images), data.test_labels).item()
+        return loss(data.test_images, data.test_labels).item()
 
 
 def fit(
@@ -148,7 +150,7 @@ def fit(
             scale = min((step + 1) / options.warm_up, 0.5 * (1 + math.cos(math.pi * step / total)))
             for group in optimiser.param_groups:
                 group["lr"] = options.learning_rate * scale
-            value = loss(prepare_tokens(shifted(data.train_images[batch])), data.train_labels[batch])
+            value = loss(shifted(data.train_images[batch]), data.train_labels[batch])
             optimiser.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(parameters.values(), options.clip)

@@ -91,11 +91,15 @@ class CausalBackbone(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
+    def layers(self) -> list[Block]:
+        """The blocks, typed."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     def trunk(self, tokens: Tensor, label: Tensor) -> Tensor:
         """`[B, L, W]`: the features before the adapter."""
         hidden = torch.cat([self.label_embed(label)[:, None], self.token_embed(tokens[:, :-1])], dim=1)
         hidden = hidden + self.position_in
-        for block in self.blocks:
+        for block in self.layers():
             hidden = block(hidden)
         return self.norm(hidden) + self.position_out
 

@@ -79,8 +79,9 @@ class DiffusionHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.time_embed.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
         # Blocks start as the identity and the prediction as zero (adaLN-Zero, arXiv 2212.09748).
         for block in (*self.res_blocks, self.final_layer):
             nn.init.zeros_(block.adaLN_modulation[1].weight)

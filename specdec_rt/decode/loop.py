@@ -21,7 +21,7 @@ from specdec_rt.noise import NoiseSource, Purpose
 from specdec_rt.schedule import guidance_weights
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
-__all__ = ["Decoder", "Plan"]
+__all__ = ["Decoder", "Plan", "Session"]
 
 PAPER_TRIES = 64
 """Proposals for one residual of `paper` mode, drawn as one batch."""
@@ -46,42 +46,54 @@ class Plan:
     guidance_schedule: GuidanceSchedule
     emit_mean: bool
 
+    @property
+    def slots(self) -> int:
+        """Cache places that a backbone needs: a last round may draft past the end."""
+        return self.tokens + self.draft_length - 1
+
+    def guidance_at(self, position: IntArray) -> FloatArray:
+        """Weights `[G, R]` of the guidance branches for the tokens at `position [R]`."""
+        return guidance_weights(position, tokens=self.tokens, scale=self.guidance, schedule=self.guidance_schedule)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A pair of models with their buffers, fresh for one batch, and the plan that they carry out."""
+
+    plan: Plan
+    target: Model | None
+    """None in `draft` mode"""
+    draft: Model | None
+    """None in `target` mode, and where the target's own head drafts"""
+
 
 class Decoder:
     """One batch from first to last token.
 
-    `target` and `draft` come with fresh backbones of B rows whose caches hold `slots(plan)` places;
-    `images [B]` are the images' keys to their noise. `committed` is told of every token when it is final.
+    `images [B]` are the images' keys to their noise; `committed` is told of every token when it is final.
     """
 
     def __init__(
         self,
-        plan: Plan,
-        target: Model | None,
-        draft: Model | None,
+        session: Session,
         noise: NoiseSource,
         images: IntArray,
         counters: Counters,
         committed: Callable[[int], None],
     ) -> None:
-        self._plan = plan
-        self._target, self._draft = target, draft
+        plan = self._plan = session.plan
+        self._target, self._draft = session.target, session.draft
         self._noise = noise
         self._images = images
         self._counters = counters
         self._tell = committed
-        lead = target or draft
+        lead = session.target or session.draft
         assert lead is not None
         self._head = lead.head
         self._fed = np.zeros((len(images), plan.tokens, lead.head.token_dim), np.float32)
         self._shown = np.zeros_like(self._fed)
         self._position = np.zeros(len(images), np.int64)
         self._active = np.arange(len(images))
-
-    @staticmethod
-    def slots(plan: Plan) -> int:
-        """Cache places that a backbone needs: a last round may draft past the end."""
-        return plan.tokens + plan.draft_length - 1
 
     def run(self) -> FloatArray:
         """Decode all tokens; returns those to show, `[B, L, D]` float32."""
@@ -103,14 +115,17 @@ class Decoder:
 
     def _alone(self, model: Model, count: int) -> None:
         """Make `count` tokens of every image without speculation."""
-        calls = "draft_backbone_calls" if model is self._draft else "target_backbone_calls"
+        plan = self._plan
         batch, n = len(self._images), model.head.chain.length
-        evaluate = self._plan.evaluate if model is self._draft else None
+        evaluate = plan.evaluate if model is self._draft else None
         for _ in range(count):
             z = model.backbone.condition(self._previous()[:, None], self._position)[:, :, 0]
             noise = self._chain_noise(self._images, self._position)
-            drawn = model.head.sample(z, self._guidance(self._position), noise.start, noise.steps, evaluate=evaluate)
-            setattr(self._counters, calls, getattr(self._counters, calls) + batch)
+            drawn = model.head.sample(z, plan.guidance_at(self._position), noise.start, noise.steps, evaluate=evaluate)
+            if model is self._draft:
+                self._counters.draft_backbone_calls += batch
+            else:
+                self._counters.target_backbone_calls += batch
             self._counters.sequential_head_calls += batch * (n if evaluate is None else int(evaluate.sum()))
             self._store(self._active, self._position, drawn.path[:, -1], drawn.mean[:, -1])
             self._position += 1
@@ -134,7 +149,7 @@ class Decoder:
         place = (position[:, None] + np.arange(length)).ravel()  # [R], image by image
         image = np.repeat(self._images[active], length)
         noise = self._chain_noise(image, place)
-        guidance = self._guidance(place)
+        guidance = plan.guidance_at(place)
         proposal, z = self._propose_and_condition(target, position, length, noise)
         judgement = self._judge(target, z, guidance, proposal, image, place)
 
@@ -170,10 +185,10 @@ class Decoder:
         self._counters.target_backbone_calls += images
         if plan.self_draft:
             z = target.backbone.condition(previous[:, None], position)[:, :, 0].copy()
-            drawn = target.head.sample(z, self._guidance(position), noise.start, noise.steps, evaluate=plan.evaluate)
+            drawn = target.head.sample(z, plan.guidance_at(position), noise.start, noise.steps, evaluate=plan.evaluate)
             return Proposal(noise, drawn.path, drawn.mean), z
         assert self._draft is not None
-        proposal = propose(self._draft, previous, position, length, noise, self._guidance, plan.evaluate)
+        proposal = propose(self._draft, previous, position, length, noise, plan.guidance_at, plan.evaluate)
         self._counters.draft_backbone_calls += images * length
         drafted = proposal.token.reshape(images, length, -1)
         context = np.concatenate([previous[:, None], drafted[:, :-1]], axis=1)

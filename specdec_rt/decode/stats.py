@@ -31,6 +31,9 @@ class Stats:
     backend: str
     images: int
     rounds: int
+    accepted: int
+    rejected: int
+    """first rejections; drafts after one are dropped unjudged"""
     acceptance_rate: float | None
     """accepted / (accepted + first rejections)"""
     tokens_per_round: float | None
@@ -49,6 +52,8 @@ class Stats:
             backend=backend,
             images=images,
             rounds=counters.rounds,
+            accepted=counters.accepted,
+            rejected=counters.rejected,
             acceptance_rate=counters.accepted / judged if judged else None,
             tokens_per_round=counters.committed / counters.rounds if counters.rounds else None,
             target_backbone_calls=counters.target_backbone_calls,
@@ -59,5 +64,7 @@ class Stats:
         )
 
     def as_dict(self) -> dict[str, object]:
-        """The fields as plain values, for JSON."""
-        return asdict(self)
+        """The fields as plain values, for JSON; of accepted and rejected it holds the rate alone."""
+        fields = asdict(self)
+        del fields["accepted"], fields["rejected"]
+        return fields

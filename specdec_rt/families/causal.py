@@ -64,7 +64,7 @@ class CausalBackbone:
         tokens = np.zeros((rows, length, token_dim), np.float32)
         position = np.zeros(rows, np.int64)
         z = np.empty((rows, length, self._z_dim), np.float32)
-        inputs = {"tokens": tokens, "position": position, "label": self._labels, **self._caches}
+        inputs: dict[str, Array] = {"tokens": tokens, "position": position, "label": self._labels, **self._caches}
         # The updated caches land where the old ones lie: nothing is copied between calls.
-        outputs = {"z": z, **{f"{name}_out": cache for name, cache in self._caches.items()}}
+        outputs: dict[str, Array] = {"z": z, **{f"{name}_out": cache for name, cache in self._caches.items()}}
         return self._engine.bind(inputs, outputs), tokens, position, z

@@ -110,6 +110,12 @@ def test_residual_mass_at_the_edges(log_weight, distance, expected):
     assert mass == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
+def test_residual_mass_never_rounds_below_zero(rng):
+    """Where both terms are about to underflow, their difference alone would be -5e-324 now and then."""
+    distance, boundary = rng.uniform(1e-3, 1, 20_000), rng.uniform(-38.5, -37.5, 20_000)
+    assert residual_mass(boundary * distance, distance).min() >= 0
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.floats(-1e6, 0), st.floats(0, 1e7), st.floats(-50, 0))
 def test_prefix_acceptance_is_a_probability(log_weight, distance, last):

@@ -177,13 +177,14 @@ def test_the_first_try_that_passes_wins():
     np.testing.assert_allclose(token[:, 0], [14.0, 20.0])
 
 
-def test_equal_models_leave_nothing_to_draw():
+@pytest.mark.parametrize("log_std_ratio", [0.0, -1e4])
+def test_equal_models_leave_nothing_to_draw(log_std_ratio):
     mean, fallback = np.full((3, 2), 0.5), np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     rng = np.random.default_rng(0)
     with np.errstate(all="raise", under="ignore"):
         token, found = draw_paper_residual(
             *(mean, np.array(0.1), mean, np.array(0.1)),
-            log_std_ratio=np.zeros(3),
+            log_std_ratio=np.full(3, log_std_ratio),
             normal=rng.normal(size=(3, 5, 2)),
             uniform=rng.random((3, 5)),
             fallback=fallback,

@@ -121,6 +121,14 @@ def test_the_step_out_of_pure_noise_carries_nearly_all_path_divergence():
     assert compile_chain(EXACT).epsilon_weight.max() < 10
 
 
+def test_densities_of_a_last_transition_without_noise_use_the_clipped_posterior(reference):
+    """The reference clips the posterior variance of step 0, which is 0, to that of step 1."""
+    beta, alpha_bar = reference["betas"], np.cumprod(1 - reference["betas"])
+    clipped = np.sqrt(beta[1] * (1 - alpha_bar[0]) / (1 - alpha_bar[1]))
+    assert compile_chain(replace(STOCK, temperature=0.5)).final_density_std == pytest.approx(clipped / 2, rel=1e-9)
+    assert compile_chain(replace(EXACT, temperature=0.5)).final_density_std == pytest.approx(0.05)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [

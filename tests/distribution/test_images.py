@@ -1,0 +1,73 @@
+"""Whole images of the digits pair: as good as promised, and `exact` draws what `target` draws."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from twosample import permutation_p_value
+
+from specdec_rt import load
+
+CLASSIFIER = Path(__file__).parents[1] / "golden" / "digit_classifier.onnx"
+CLASSES = 10
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return onnxruntime.InferenceSession(str(CLASSIFIER), providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(16, id="fast"), pytest.param(100, id="full", marks=pytest.mark.full)]
+)
+def labels(request):
+    return np.repeat(np.arange(CLASSES), request.param)
+
+
+@pytest.fixture(scope="module")
+def drawn(pipeline, labels):
+    return pipeline.generate(labels, seed=0, mode="target", batch_size=64)
+
+
+def judge(classifier, result):
+    logits, features = classifier.run(None, {"image": result.images[..., 0].astype(np.float32) / 255})
+    return logits.argmax(axis=1), features
+
+
+def compare(classifier, first, second):
+    return permutation_p_value(judge(classifier, first)[1], judge(classifier, second)[1], first.labels, second.labels)
+
+
+def test_digits_are_recognised(classifier, drawn):
+    named, _ = judge(classifier, drawn)
+    share = (named == drawn.labels).mean()
+    noise = 2 * (0.93 * 0.07 / len(named)) ** 0.5 if len(named) < 1000 else 0.0
+    assert share >= 0.93 - noise
+
+
+def test_images_of_a_class_differ(drawn):
+    for label in range(CLASSES):
+        members = drawn.images[drawn.labels == label].reshape(-1, 28 * 28).astype(np.float64)
+        distance = np.sqrt(((members[:, None] - members[None]) ** 2).mean(axis=-1))
+        off_diagonal = distance[~np.eye(len(members), dtype=bool)]
+        # Two real digits of one class are 45 (ones) to 85 grey levels apart on average.
+        assert off_diagonal.mean() > 30
+        assert off_diagonal.min() > 5
+
+
+def test_exact_draws_what_target_draws(pipeline, classifier, labels, drawn):
+    exact = pipeline.generate(labels, seed=1, mode="exact", batch_size=64)
+    assert compare(classifier, exact, drawn) > 0.01
+    assert exact.stats.acceptance_rate >= 0.75
+    assert exact.stats.target_backbone_calls / (len(labels) * drawn.tokens.shape[1]) <= 0.45
+
+
+def test_the_small_draft_alone_is_seen(pipeline, classifier, labels, drawn):
+    draft = pipeline.generate(labels, seed=2, mode="draft", draft="small", batch_size=64)
+    assert compare(classifier, draft, drawn) <= 0.001

@@ -1,0 +1,110 @@
+"""`exact` keeps the target's distribution on a toy chain; four ways of getting it wrong are seen."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from toy import DIM, TOY_CHAIN, toy_head
+from twosample import sliced_p_value
+
+from specdec_rt.acceptance import BlockVerdict, prefix_acceptance, running_log_weight, step_divergence
+from specdec_rt.decode.draft import ChainNoise, Proposal
+from specdec_rt.decode.verify import complete_exact, judge_exact
+
+TOKENS = 200_000
+CHUNK = 20_000
+N = TOY_CHAIN.length
+TARGET, DRAFT = toy_head(TOY_CHAIN, draft=False), toy_head(TOY_CHAIN, draft=True)
+
+
+def conditions(rows):
+    return np.zeros((1, rows, 1), np.float32), np.ones((1, rows), np.float32)
+
+
+def normals(rng, *shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def sample(head, rng, rows):
+    """Tokens of one head alone."""
+    z, guidance = conditions(rows)
+    return head.sample(z, guidance, normals(rng, rows, DIM), normals(rng, rows, N, DIM)).path[:, -1]
+
+
+def speculate(rng, rows, variant):
+    """Tokens by speculation: drafts, judged and completed by the code that ships, bent where `variant` says."""
+    z, guidance = conditions(rows)
+    noise = ChainNoise(normals(rng, rows, DIM), normals(rng, rows, N, DIM))
+    drawn = DRAFT.sample(z, guidance, noise.start, noise.steps)
+    proposal = Proposal(noise, drawn.path, drawn.mean)
+    uniform = rng.random((rows, N + 1))
+    judgement = judge_exact(TARGET, z, guidance, proposal, uniform)
+    if variant == "stops at the first failure":
+        judgement = replace(judgement, verdict=first_failure(proposal, judgement.target_mean, uniform))
+    token = proposal.token.copy()
+    rejected = np.flatnonzero(~judgement.accepted)
+    fresh = normals(rng, len(rejected), N, DIM)
+    if variant == "reuses the draft's noise":
+        fresh = noise.steps[rejected]
+    if variant == "without residual":
+        step = judgement.verdict.accepted_steps[rejected]
+        start = proposal.path[rejected, step]
+        z, guidance = conditions(len(rejected))
+        token[rejected] = TARGET.sample(z, guidance, start, fresh, begin=step).path[:, -1]
+        return token, judgement.accepted
+    completion = complete_exact(
+        TARGET,
+        z,
+        guidance,
+        proposal,
+        judgement,
+        rejected,
+        coordinate=rng.random(len(rejected)),
+        direction=normals(rng, len(rejected), DIM),
+        fresh=fresh,
+    )
+    token[rejected] = completion.token
+    return token, judgement.accepted
+
+
+def first_failure(proposal, target_mean, uniform):
+    """The verdict that stops at the first prefix whose uniform fails, instead of taking the longest that passes."""
+    distance, log_ratio = step_divergence(proposal.noise.steps, proposal.mean, target_mean, TOY_CHAIN.std)
+    log_weight = running_log_weight(log_ratio)
+    passes = uniform < prefix_acceptance(log_weight, distance)
+    steps = np.cumprod(passes, axis=1).sum(axis=1) - 1
+    return BlockVerdict(steps, log_weight[np.arange(len(steps)), steps])
+
+
+def in_chunks(draw, seed):
+    rng = np.random.default_rng(seed)
+    return np.concatenate([draw(rng, CHUNK) for _ in range(TOKENS // CHUNK)])
+
+
+@pytest.fixture(scope="module")
+def target_tokens():
+    return in_chunks(lambda rng, rows: sample(TARGET, rng, rows), seed=1)
+
+
+def test_exact_draws_from_the_target(target_tokens):
+    accepted = []
+
+    def draw(rng, rows):
+        token, kept = speculate(rng, rows, "exact")
+        accepted.append(kept.mean())
+        return token
+
+    tokens = in_chunks(draw, seed=2)
+    assert 0.2 < np.mean(accepted) < 0.9  # both branches really ran
+    assert sliced_p_value(tokens, target_tokens) > 0.01
+
+
+@pytest.mark.parametrize("variant", ["stops at the first failure", "reuses the draft's noise", "without residual"])
+def test_a_broken_variant_is_seen(target_tokens, variant):
+    tokens = in_chunks(lambda rng, rows: speculate(rng, rows, variant)[0], seed=3)
+    assert sliced_p_value(tokens, target_tokens) < 1e-6
+
+
+def test_the_raw_draft_is_seen(target_tokens):
+    tokens = in_chunks(lambda rng, rows: sample(DRAFT, rng, rows), seed=4)
+    assert sliced_p_value(tokens, target_tokens) < 1e-6

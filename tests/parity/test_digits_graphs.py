@@ -1,0 +1,111 @@
+"""The shipped graphs against torch: the bundle's own weights, loaded back, in the form that training uses."""
+
+import numpy as np
+import pytest
+import torch
+
+from export.causal import read_pair
+from export.parity import TOLERANCE
+from specdec_rt import DecodeOptions, load
+from specdec_rt.schedule import compile_chain
+
+BATCH = 3
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def pair(pipeline):
+    return read_pair(pipeline.bundle.folder)
+
+
+def relative_error(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def inputs(pipeline):
+    manifest = pipeline.bundle.manifest
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((BATCH, manifest.tokens, manifest.token_dim), dtype=np.float32)
+    before = np.concatenate([np.zeros_like(tokens[:, :1]), tokens[:, :-1]], axis=1)
+    return tokens, before, np.array([0, 4, 9])
+
+
+@pytest.mark.parametrize("draft", [None, "adapter", "small"])
+@torch.no_grad()
+def test_cached_decoding_equals_the_training_form(pipeline, pair, draft):
+    """Any cut into calls of 1, 2 … inputs, over caches, gives what one causal pass over all tokens gives."""
+    tokens, before, labels = inputs(pipeline)
+    torch_model = pair.target if draft is None else pair.drafts[draft]
+    backbone = getattr(torch_model, "backbone", torch_model)
+    expected = backbone(torch.from_numpy(tokens), torch.from_numpy(labels)).numpy()
+    session = pipeline.session(labels, DecodeOptions(draft=draft or "adapter", guidance=1.0))
+    model = session.target if draft is None else session.draft
+    found, place = [], 0
+    for length in [1, 2, 1, 5, 30, 10]:
+        position = np.full(BATCH, place)
+        found.append(model.backbone.condition(before[:, place : place + length], position)[0].copy())
+        place += length
+    assert place == tokens.shape[1]
+    assert relative_error(np.concatenate(found, axis=1), expected) <= TOLERANCE
+
+
+def test_abandoned_drafts_leave_no_trace(pipeline):
+    """What was fed past a position and then dropped does not change what comes after."""
+    _, before, labels = inputs(pipeline)
+    results = []
+    for junk in (0.0, 100.0):
+        backbone = pipeline.session(labels, DecodeOptions(guidance=1.0)).target.backbone
+        backbone.condition(before[:, :10], np.zeros(BATCH, np.int64))
+        backbone.condition(before[:, 10:13] + junk, np.full(BATCH, 10))
+        results.append(backbone.condition(before[:, 10:12], np.full(BATCH, 10)).copy())
+    np.testing.assert_array_equal(*results)
+
+
+def test_images_stand_at_positions_of_their_own(pipeline):
+    """One batched call at different positions equals a call for each image, also after images have left."""
+    _, before, labels = inputs(pipeline)
+    position = np.array([3, 0, 7])
+    joint = pipeline.session(labels, DecodeOptions(guidance=1.0)).target.backbone
+    joint.condition(before[:, :9], np.zeros(BATCH, np.int64))
+    kept = np.array([0, 2])
+    joint.select(kept)
+    z = joint.condition(np.stack([before[b, position[b] : position[b] + 2] for b in kept]), position[kept]).copy()
+    for row, b in enumerate(kept):
+        single = pipeline.session(labels[b : b + 1], DecodeOptions(guidance=1.0)).target.backbone
+        single.condition(before[b : b + 1, :9], np.zeros(1, np.int64))
+        alone = single.condition(before[b : b + 1, position[b] : position[b] + 2], position[b : b + 1])
+        assert relative_error(z[:, row], alone[:, 0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("draft", [None, "small"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@torch.no_grad()
+def test_a_chain_equals_torch(pipeline, pair, draft, scale):
+    """Every transition of the shipped chain, with guidance, from the formula with torch's own prediction."""
+    chain = compile_chain(pipeline.bundle.manifest.chain)
+    head = (pair.target if draft is None else pair.drafts[draft]).head
+    session = pipeline.session(np.array([3]), DecodeOptions(draft=draft or "adapter", guidance=scale))
+    engine = (session.target if draft is None else session.draft).head
+    rng = np.random.default_rng(1)
+    rows, branches = 5, 1 if scale == 1 else 2
+    z = rng.standard_normal((branches, rows, engine.z_dim), dtype=np.float32)
+    guidance = session.plan.guidance_at(rng.integers(0, 49, rows))
+    start = rng.standard_normal((rows, engine.token_dim), dtype=np.float32)
+    noise = rng.standard_normal((rows, chain.length, engine.token_dim), dtype=np.float32)
+    drawn = engine.sample(z, guidance, start, noise)
+
+    state = torch.from_numpy(start)
+    for j in range(chain.length):
+        condition = head.time_embed(torch.tensor([chain.timestep[j]])) + head.cond_embed(torch.from_numpy(z))
+        predictions = head(state.expand(branches, -1, -1), condition)
+        epsilon = (torch.from_numpy(guidance).float()[..., None] * predictions).sum(0)
+        mean = chain.state_coefficient[j] * state + chain.epsilon_coefficient[j] * epsilon
+        assert relative_error(drawn.mean[:, j], mean.numpy()) <= TOLERANCE
+        state = (mean + chain.std[j] * torch.from_numpy(noise[:, j])).float()
+    assert relative_error(drawn.path[:, -1], state.numpy()) <= TOLERANCE
+    # Verification finds the very means that the states were drawn around.
+    assert relative_error(engine.means(drawn.path, z, guidance), drawn.mean) <= TOLERANCE
