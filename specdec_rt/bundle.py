@@ -221,11 +221,12 @@ def load_bundle(bundle: str | Path) -> Bundle:
 
 
 def _find(bundle: str | Path) -> Path:
-    if (Path(bundle) / MANIFEST).is_file():
-        return Path(bundle)
     names = embedded_bundles()
-    if bundle in names:
-        return Path(str(resources.files("specdec_rt") / "assets" / str(bundle)))
+    if isinstance(bundle, str | Path):
+        if (Path(bundle) / MANIFEST).is_file():
+            return Path(bundle)
+        if str(bundle) in names:
+            return Path(str(resources.files("specdec_rt") / "assets" / str(bundle)))
     raise BundleError(
         f"no bundle at {str(bundle)!r}: expected a folder that holds {MANIFEST}, or one of the embedded bundles "
         f"({', '.join(names)})"

@@ -1,15 +1,19 @@
 """How to decode: the options that the API and the CLI share."""
 
-import math
+import operator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 from specdec_rt.errors import UsageError
 
-__all__ = ["SELF_DRAFT", "DecodeOptions", "GuidanceSchedule", "Mode"]
+__all__ = ["SELF_DRAFT", "DecodeOptions", "GuidanceSchedule", "Mode", "check_whole_number"]
 
 Mode = Literal["exact", "paper", "target", "draft"]
 GuidanceSchedule = Literal["linear", "constant"]
+
+SMALLEST, LARGEST = 1e-6, 1e6
+"""Bounds that no sensible scale reaches: beyond them float64 arithmetic overflows."""
 
 SELF_DRAFT = "self"
 """The draft that is no model: the target's own head on a subset of its steps."""
@@ -39,19 +43,37 @@ class DecodeOptions:
     """autoregressive steps per image; a causal family makes one token per step"""
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise UsageError(f"mode is {self.mode!r}; expected one of {', '.join(get_args(Mode))}")
-        if self.guidance_schedule not in (None, *get_args(GuidanceSchedule)):
-            raise UsageError(f"guidance_schedule is {self.guidance_schedule!r}; expected 'linear' or 'constant'")
+        for name, kind in (("mode", Mode), ("guidance_schedule", GuidanceSchedule)):
+            value = getattr(self, name)
+            if value not in get_args(kind) and not (value is None and name != "mode"):
+                raise UsageError(f"{name} is {value!r}; expected one of {', '.join(get_args(kind))}")
+        if not isinstance(self.draft, str | None):
+            raise UsageError(f"draft is {self.draft!r}; expected the name of a draft, or {SELF_DRAFT!r}")
         for name in ("draft_length", "draft_steps", "ar_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; expected a whole number of at least 1")
+            if value is not None:
+                check_whole_number(name, value, 1)
         for name in ("tau", "temperature"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise UsageError(f"{name} is {value}; expected a number above 0")
-        if self.prefill is not None and not 0 <= self.prefill <= 1:
-            raise UsageError(f"prefill is {self.prefill}; expected a share from 0 to 1")
-        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise UsageError(f"guidance is {self.guidance}; expected a number of at least 0 (1 is no guidance)")
+            if not (_is_number(value) and SMALLEST <= value <= LARGEST):
+                raise UsageError(f"{name} is {value!r}; expected a number above 0 (from {SMALLEST} to {LARGEST})")
+        if self.prefill is not None and not (_is_number(self.prefill) and 0 <= self.prefill <= 1):
+            raise UsageError(f"prefill is {self.prefill!r}; expected a share from 0 to 1")
+        if self.guidance is not None and not (_is_number(self.guidance) and 0 <= self.guidance <= LARGEST):
+            raise UsageError(f"guidance is {self.guidance!r}; expected a number from 0 to {LARGEST} (1 is no guidance)")
+
+
+def check_whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
+    """`value` as an int; raises UsageError unless it is a whole number from `least` to `most`."""
+    wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # what is not a whole number is refused below
+    except TypeError as error:
+        raise UsageError(f"{name} is {value!r}; expected a whole number {wanted}") from error
+    if number < least or (most is not None and number > most):
+        raise UsageError(f"{name} is {value!r}; expected a whole number {wanted}")
+    return number
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,6 +1,7 @@
 """`load(bundle).generate(...)`: what a program that embeds the runtime calls."""
 
 import operator
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import numpy as np
 
 from specdec_rt.bundle import Bundle, GraphName, ImageLayout, load_bundle
 from specdec_rt.bundle import Model as ModelRecord
-from specdec_rt.config import SELF_DRAFT, DecodeOptions
+from specdec_rt.config import SELF_DRAFT, DecodeOptions, check_whole_number
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import Model
 from specdec_rt.decode.loop import Decoder, Plan, Session
@@ -54,8 +55,8 @@ def load(bundle: str | Path = "digits", *, backend: str = "auto", threads: int |
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; expected a whole number of at least 1")
+    if threads is not None:
+        check_whole_number("threads", threads, 1, os.cpu_count())  # more would only fight over the cores
     from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend  # heavy: not for `import specdec_rt`
 
     return Pipeline(load_bundle(bundle), OnnxRuntimeBackend(threads))
@@ -89,14 +90,15 @@ class Pipeline:
         """
         if options is not None and overrides:
             raise UsageError(f"both options and {sorted(overrides)} were given; pass one or the other")
-        options = options or make_options(**overrides)
+        options = make_options(**overrides) if options is None else options
+        if not isinstance(options, DecodeOptions):
+            raise UsageError(f"options is {options!r}; expected DecodeOptions")
         labels = self._whole_numbers("labels", labels, self.bundle.manifest.classes)
         keys = np.arange(len(labels)) if indices is None else self._whole_numbers("indices", indices, 2**63 - 1)
         if len(keys) != len(labels):
             raise UsageError(f"{len(keys)} indices were given for {len(labels)} labels; expected one for each")
         size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-        if size < 1:
-            raise UsageError(f"batch_size is {size}; expected a whole number of at least 1")
+        check_whole_number("batch_size", size, 1)
         noise = NoiseSource(seed)
         tokens_each = self.bundle.manifest.tokens
         counters = Counters()
@@ -169,7 +171,7 @@ class Pipeline:
             mode=options.mode,
             tokens=manifest.tokens,
             prefill=int(np.ceil(prefill * manifest.tokens)),
-            draft_length=1 if self_draft else options.draft_length or defaults.draft_length,
+            draft_length=1 if self_draft else min(options.draft_length or defaults.draft_length, manifest.tokens),
             evaluate=None if steps is None else evaluated_steps(chain.length, steps),
             self_draft=self_draft,
             tau=options.tau,

@@ -27,8 +27,8 @@ def stats_table(stats: Stats, tokens: int) -> Table:
     """The figures of a request that made `tokens` tokens, all images together."""
     rows = {"tokens": f"{tokens:,} in {stats.images:,} image{'' if stats.images == 1 else 's'}"}
     if stats.acceptance_rate is not None:
-        rows["draft tokens judged"] = f"{stats.accepted + stats.rejected:,}"
-        rows["draft tokens accepted"] = f"{stats.accepted:,} ({stats.acceptance_rate:.1%})"
+        rows["draft tokens proposed"] = f"{stats.drafted:,}"
+        rows["draft tokens accepted"] = f"{stats.accepted:,} ({stats.acceptance_rate:.1%} of those judged)"
         rows["tokens per round"] = f"{stats.tokens_per_round:.2f}"
     for name in ("target_backbone_calls", "draft_backbone_calls", "sequential_head_calls"):
         calls = getattr(stats, name)

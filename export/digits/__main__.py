@@ -26,11 +26,11 @@ from specdec_rt.bundle import Defaults, ImageLayout
 from specdec_rt.schedule import ChainSpec, compile_chain
 
 CHAIN = ChainSpec(steps=25, t_max=975, drop_last=2, final_std=0.1, variance="large", emit="mean")
-DEFAULTS = Defaults(mode="exact", draft="adapter", draft_length=4, guidance=1.0, guidance_schedule="linear")
+DEFAULTS = Defaults(mode="exact", draft="adapter", draft_length=4, guidance=1.5, guidance_schedule="constant")
 
 TARGET_FIT = FitOptions(epochs=36)
-SMALL_FIT = FitOptions(epochs=20, learning_rate=1.5e-3, seed=1)
-ADAPTER_FIT = FitOptions(epochs=10, learning_rate=5e-4, clip=20, seed=2)
+SMALL_FIT = FitOptions(epochs=12, learning_rate=1.5e-3, seed=1)
+ADAPTER_FIT = FitOptions(epochs=7, learning_rate=5e-4, clip=20, seed=2)
 CLASSIFIER_FIT = FitOptions(epochs=12, learning_rate=2e-3, seed=3)
 DRAWS = 2
 """Random steps at which each token is noised: they share the backbone's cost."""

@@ -14,6 +14,8 @@ from specdec_rt.schedule import Chain
 __all__ = ["distil_adapter"]
 
 LEAST_SQUARES_IMAGES = 2000
+MOST_GUIDANCE = 2.0
+"""The draft learns to follow the target at guidance scales from 1 up to this."""
 
 
 def distil_adapter(
@@ -34,7 +36,9 @@ def distil_adapter(
     draft.load_state_dict(small.backbone.state_dict(), strict=False)
     torch.manual_seed(options.seed)
     _solve_adapter(draft, target, data, context_std=chain.spec.final_std)
-    loss = path_divergence_loss(draft, target, chain, context_std=chain.spec.final_std, draws=2)
+    loss = path_divergence_loss(
+        draft, target, chain, context_std=chain.spec.final_std, draws=2, most_guidance=MOST_GUIDANCE
+    )
     fit(draft, loss, data, options, checkpoint, progress)
     return draft
 

@@ -83,12 +83,13 @@ def denoising_loss(model: CausalModel, *, context_std: float, draws: int) -> Los
 
 
 def path_divergence_loss(
-    draft: nn.Module, target: CausalModel, chain: Chain, *, context_std: float, draws: int
+    draft: nn.Module, target: CausalModel, chain: Chain, *, context_std: float, draws: int, most_guidance: float
 ) -> Loss:
     """KL divergence of the chain's path under the draft from the target's, through the frozen target head.
 
     A sum over the chain's transitions of b²/(2σ²)‖ε̂_q - ε̂_p‖², estimated at steps drawn half by that
-    weight and half uniformly, then reweighted. Returned per token.
+    weight and half uniformly, then reweighted. Returned per token. Predictions are guided, each image's
+    at a scale of its own between 1 and `most_guidance`: what decoding compares are guided paths.
     """
     weight = torch.from_numpy(chain.epsilon_weight)
     probability = 0.5 * weight / weight.sum() + 0.5 / len(weight)
@@ -98,15 +99,22 @@ def path_divergence_loss(
 
     def loss(images: Tensor, label: Tensor) -> Tensor:
         tokens = prepare_tokens(images)
-        context = tokens + context_std * torch.randn_like(tokens)
-        label = drop_labels(label)
-        count = len(tokens) * TOKENS * draws
-        row = torch.multinomial(probability, count, replacement=True).view(len(tokens), TOKENS, draws)
+        context = (tokens + context_std * torch.randn_like(tokens)).repeat(2, 1, 1)
+        branches = torch.cat([label, torch.full_like(label, CLASSES)])
+        scale = 1 + (most_guidance - 1) * torch.rand(len(label), 1, 1, 1)
+        row = torch.multinomial(probability, len(tokens) * TOKENS * draws, replacement=True)
+        row = row.view(len(tokens), TOKENS, draws)
         state, _ = noised(tokens, steps[row])
+
+        def guided(backbone: nn.Module) -> Tensor:
+            z = backbone(context, branches)
+            both = predict(target.head, state.repeat(2, 1, 1, 1), steps[row].repeat(2, 1, 1), z)
+            conditional, unconditional = both.chunk(2)
+            return scale * conditional + (1 - scale) * unconditional
+
         with torch.no_grad():
-            wanted = predict(target.head, state, steps[row], target.backbone(context, label))
-        found = predict(target.head, state, steps[row], draft(context, label))
-        return (importance[row] * (found - wanted).square().sum(-1)).mean()
+            wanted = guided(target.backbone)
+        return (importance[row] * (guided(draft) - wanted).square().sum(-1)).mean()
 
     return loss
 

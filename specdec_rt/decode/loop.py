@@ -168,6 +168,7 @@ class Decoder:
         self._position[active[rejecting]] += 1
         committed = int(kept.sum()) + len(rows)
         self._counters.rounds += len(active)
+        self._counters.drafted += int(np.minimum(length, left).sum())
         self._counters.committed += committed
         self._counters.accepted += int(kept.sum())
         self._counters.rejected += len(rows)

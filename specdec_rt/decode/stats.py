@@ -14,6 +14,7 @@ class Counters:
     rounds: int = 0
     committed: int = 0
     """tokens that rounds committed (prefilled ones are not among them)"""
+    drafted: int = 0
     accepted: int = 0
     rejected: int = 0
     """first rejections: drafts after one are dropped unjudged"""
@@ -31,6 +32,8 @@ class Stats:
     backend: str
     images: int
     rounds: int
+    drafted: int
+    """tokens that the draft proposed"""
     accepted: int
     rejected: int
     """first rejections; drafts after one are dropped unjudged"""
@@ -52,6 +55,7 @@ class Stats:
             backend=backend,
             images=images,
             rounds=counters.rounds,
+            drafted=counters.drafted,
             accepted=counters.accepted,
             rejected=counters.rejected,
             acceptance_rate=counters.accepted / judged if judged else None,
@@ -64,7 +68,5 @@ class Stats:
         )
 
     def as_dict(self) -> dict[str, object]:
-        """The fields as plain values, for JSON; of accepted and rejected it holds the rate alone."""
-        fields = asdict(self)
-        del fields["accepted"], fields["rejected"]
-        return fields
+        """The fields as plain values, for JSON; of the counts behind the rate it holds none."""
+        return {name: value for name, value in asdict(self).items() if name not in ("drafted", "accepted", "rejected")}

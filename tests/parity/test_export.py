@@ -34,9 +34,7 @@ def pair():
         drafts={"adapter": draft},
         chain=ChainSpec(steps=6, t_max=950, drop_last=1, final_std=0.1, variance="large", emit="mean"),
         image=ImageLayout(height=4, width=6, channels=3, patch=2),
-        defaults=Defaults(
-            mode="exact", draft="adapter", draft_length=2, guidance=1.5, guidance_schedule="linear"
-        ),
+        defaults=Defaults(mode="exact", draft="adapter", draft_length=2, guidance=1.5, guidance_schedule="linear"),
         provenance={"weights": "random"},
     )
 
@@ -78,7 +76,7 @@ def test_graphs_are_checked_dynamic_and_share_their_weights(folder):
     assert places[0] == places[1] != set()
 
 
-def test_a_wrong_weight_fails_the_comparison_with_torch(folder, pair):
+def test_a_wrong_weight_fails_the_comparison_with_torch(folder):
     manifest = load(folder).bundle.manifest
     graph = manifest.target.graphs["time_embedding"]
     head = read_pair(folder).target.head

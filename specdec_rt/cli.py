@@ -1,0 +1,217 @@
+"""The command line. Results go to stdout or to files, messages to stderr; exit codes 0, 1 (failure), 2 (bad input)."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from specdec_rt.bundle import load_bundle
+from specdec_rt.config import DecodeOptions
+from specdec_rt.errors import SpecDecError, UsageError
+from specdec_rt.output import Write, array_writer, check_file, check_folder, png_writer, write_together
+from specdec_rt.pictures import SheetLayout, draw_sheet
+from specdec_rt.pipeline import Progress as Tell
+from specdec_rt.pipeline import Result, load, make_options
+from specdec_rt.report import bundle_record, bundle_report, stats_table
+
+__all__ = ["app", "main", "parse_labels"]
+
+ALL_LABELS = 10
+"""Classes up to which a request without labels means all of them."""
+SHEET_PIXELS = 10**8
+BAR_AFTER_SECONDS = 1.0
+
+app = typer.Typer(
+    help="Continuous speculative decoding for autoregressive image models, without torch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # an unexpected error is for a bug report: it keeps its plain traceback
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+messages = Console(stderr=True)
+
+BundleArgument = Annotated[str, typer.Argument(help="A bundle's folder, or an embedded one's name.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
+
+
+def main() -> None:
+    """Entry point of `specdec-rt`."""
+    try:
+        app()
+    except SpecDecError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def generate(
+    bundle: BundleArgument = "digits",
+    *,
+    labels: Annotated[str | None, typer.Option(help='Classes, such as "0-9" or "207,360".')] = None,
+    count: Annotated[int, typer.Option(help="Images of each label.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Images decoded at a time; changes none of them.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="exact (the target's distribution), paper (approximate), target or draft.")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="A draft's name in the bundle, or self.")] = None,
+    draft_length: Annotated[int | None, typer.Option(help="Tokens proposed per round.")] = None,
+    draft_steps: Annotated[int | None, typer.Option(help="Head evaluations per drafted token.")] = None,
+    tau: Annotated[float | None, typer.Option(help="Acceptance temperature of mode paper.")] = None,
+    prefill: Annotated[float | None, typer.Option(help="Share of the tokens that the target makes alone.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = None,
+    guidance_schedule: Annotated[str | None, typer.Option(help="linear or constant.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Factor on the chain's noise.")] = None,
+    ar_steps: Annotated[int | None, typer.Option(help="Autoregressive steps per image.")] = None,
+    backend: Annotated[str, typer.Option(help="auto or onnxruntime.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Cores that engines may use; all of them by default.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="A sheet of all images; BUNDLE.png unless another output is asked for.",
+        ),
+    ] = None,
+    out_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="One PNG per image.")] = None,
+    tokens: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Arrays tokens, images, labels.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw images: by default, one of each digit into digits.png."""
+    options = _options(
+        mode=mode,
+        draft=draft,
+        draft_length=draft_length,
+        draft_steps=draft_steps,
+        tau=tau,
+        prefill=prefill,
+        guidance=guidance,
+        guidance_schedule=guidance_schedule,
+        temperature=temperature,
+        ar_steps=ar_steps,
+    )
+    pipeline = load(bundle, backend=backend, threads=threads)
+    manifest = pipeline.bundle.manifest
+    chosen = parse_labels(labels, manifest.classes)
+    if count < 1:
+        raise UsageError(f"count is {count}; expected a whole number of at least 1")
+    if out is None and out_dir is None and tokens is None:
+        out = Path(f"{Path(manifest.name).name}.png")
+    layout = SheetLayout.of(
+        labels=len(chosen), per_label=count, height=manifest.image.height, width=manifest.image.width
+    )
+    _check_outputs(out, out_dir, tokens, layout)
+    with _progress_bar() as tell:
+        result = pipeline.generate(
+            np.repeat(np.array(chosen, np.int64), count),
+            seed=seed,
+            options=options,
+            batch_size=batch_size,
+            progress=tell,
+        )
+    _write(result, layout, out, out_dir, tokens)
+    if as_json:
+        typer.echo(json.dumps(result.stats.as_dict(), allow_nan=False))
+        return
+    messages.print(stats_table(result.stats, len(result.labels) * manifest.tokens))
+    for path in (out, out_dir, tokens):
+        if path is not None:
+            typer.echo(f"wrote {path}", err=True)
+
+
+@app.command()
+def inspect(bundle: BundleArgument = "digits", *, as_json: JsonOption = False) -> None:
+    """Show what a bundle holds, what works on it and where it comes from."""
+    checked = load_bundle(bundle)
+    if as_json:
+        typer.echo(json.dumps(bundle_record(checked)))
+    else:
+        Console().print(bundle_report(checked))
+
+
+def parse_labels(text: str | None, classes: int) -> list[int]:
+    """The labels that `text` lists, in its order: numbers and ranges, as in "1,3-5"; None means all of a few.
+
+    Raises UsageError where `text` is none, or names a label that is not in 0 … classes - 1.
+    """
+    if text is None:
+        if classes > ALL_LABELS:
+            raise UsageError(f"no labels were given; the bundle has {classes} classes, choose some: --labels 0-9")
+        return list(range(classes))
+    labels: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
+        if match is None:
+            raise UsageError(f"labels is {text!r}, where {part!r} is no label; expected a list such as 0-9 or 1,3-5")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UsageError(f"labels is {text!r}, where {part!r} runs backwards; write {last}-{first}")
+        if last >= classes:
+            raise UsageError(f"labels holds {last}; expected 0 to {classes - 1}")
+        labels += range(first, last + 1)
+    return labels
+
+
+def _options(**given: object) -> DecodeOptions:
+    """Options from the flags that were given; the others keep the API's defaults."""
+    return make_options(**{name: value for name, value in given.items() if value is not None})
+
+
+def _check_outputs(out: Path | None, out_dir: Path | None, tokens: Path | None, layout: SheetLayout) -> None:
+    """Raise an error now that would else come after the work."""
+    if out is not None:
+        height, width = layout.size
+        if height * width > SHEET_PIXELS:
+            raise UsageError(
+                f"the sheet {out} would have {width} x {height} pixels; expected at most {SHEET_PIXELS:,} in all: "
+                "ask for fewer images, or take --out-dir or --tokens instead"
+            )
+        check_file(out, ".png")
+    if out_dir is not None:
+        check_folder(out_dir)
+    if tokens is not None:
+        check_file(tokens, ".npz")
+
+
+def _write(result: Result, layout: SheetLayout, out: Path | None, out_dir: Path | None, tokens: Path | None) -> None:
+    contents: dict[Path, Write] = {}
+    if out is not None:
+        contents[out] = png_writer(draw_sheet(result.images, layout))
+    if out_dir is not None:
+        for index, (label, image) in enumerate(zip(result.labels, result.images, strict=True)):
+            contents[out_dir / f"{index:05d}-{label}.png"] = png_writer(image)
+    if tokens is not None:
+        contents[tokens] = array_writer({"tokens": result.tokens, "images": result.images, "labels": result.labels})
+    write_together(contents, folder=out_dir)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Tell | None]:
+    """Shows tokens committed on stderr, if that is a terminal, once the work has lasted a while."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("tokens"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=messages, transient=True)
+    task = bar.add_task("tokens", total=None)
+    started = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if time.monotonic() - started > BAR_AFTER_SECONDS:
+            bar.start()
+
+    try:
+        yield tell
+    finally:
+        bar.stop()

@@ -1,0 +1,209 @@
+"""Bundles are checked before any engine is made; what is wrong is named."""
+
+import re
+import sys
+
+import pytest
+from bundles import copy_bundle, edit_manifest, read_manifest
+
+import specdec_rt
+from specdec_rt.bundle import MANIFEST, SCHEMA_VERSION, embedded_bundles, load_bundle
+from specdec_rt.errors import BackendError, BundleError
+
+GRAPH = "target.denoise_step.onnx"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return copy_bundle(tmp_path / "copy")
+
+
+def refusal(folder):
+    with pytest.raises(BundleError) as caught:
+        load_bundle(folder)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_the_embedded_bundle_is_sound():
+    assert embedded_bundles() == ["digits"]
+    bundle = load_bundle("digits")
+    assert bundle.manifest.name == "digits"
+    assert set(bundle.manifest.files) == {path.name for path in bundle.folder.iterdir()} - {MANIFEST}
+
+
+def test_a_copy_loads_from_any_folder(folder):
+    assert load_bundle(folder).manifest == load_bundle(str(folder)).manifest == load_bundle("digits").manifest
+
+
+@pytest.mark.parametrize("name", ["nothing", "", "a\0b"])
+def test_no_bundle_there(name):
+    with pytest.raises(BundleError, match=r"no bundle at .* expected a folder that holds manifest.json.*digits"):
+        load_bundle(name)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"{", b"not json", lambda whole: whole[:-200]])
+def test_manifest_that_is_no_json(folder, damage):
+    path = folder / MANIFEST
+    path.write_bytes(damage(path.read_bytes()) if callable(damage) else damage)
+    message = refusal(folder)
+    assert message.startswith(f"{path} cannot be read as JSON")
+    assert "export the bundle again" in message
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0, "1", None])
+def test_another_schema_version(folder, version):
+    edit_manifest(folder, "schema_version", value=version)
+    message = refusal(folder)
+    assert f"schema_version {version!r}" in message
+    assert f"this release reads {SCHEMA_VERSION}" in message
+    assert "install the release that wrote it" in message
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{}"])
+def test_manifest_that_is_no_manifest(folder, content):
+    (folder / MANIFEST).write_text(content)
+    assert "schema_version None" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "named"),
+    [
+        (("colour",), "red", "colour"),
+        (("chain", "drop_lats"), 2, "chain.drop_lats"),
+        (("target", "graphs", "backbone", "size"), 2, "target.graphs.backbone.size"),
+        (("defaults", "mode"), "fast", "defaults.mode"),
+        (("defaults", "draft_length"), 0, "defaults.draft_length"),
+        (("tokens",), "49", "tokens"),
+        (("tokens",), 0, "tokens"),
+        (("family",), "diffusion", "family"),
+        (("image", "channels"), 4, "image.channels"),
+        (("target", "graphs", "speak"), {}, "target.graphs.speak"),
+        (("files", "../escape"), "0" * 64, "files"),
+        (("chain", "steps"), 1, "chain.steps"),
+        (("chain", "final_std"), -0.5, "chain.final_std"),
+        (("chain", "variance"), "tiny", "variance"),
+    ],
+)
+def test_a_field_that_cannot_be_is_named(folder, keys, value, named):
+    edit_manifest(folder, *keys, value=value)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / MANIFEST}: ")
+    assert named in message
+
+
+@pytest.mark.parametrize(
+    "keys", [("chain",), ("target",), ("defaults", "draft"), ("target", "graphs", "backbone", "file")]
+)
+def test_a_missing_field_is_named(folder, keys):
+    manifest = read_manifest(folder)
+    *path, last = keys
+    parent = manifest
+    for key in path:
+        parent = parent[key]
+    del parent[last]
+    edit_manifest(folder, keys[0], value=manifest.get(keys[0]))
+    message = refusal(folder)
+    assert keys[0] in message
+
+
+def test_altered_file(folder):
+    path = folder / GRAPH
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    message = refusal(folder)
+    assert message.startswith(f"{path} has SHA-256 ")
+    assert re.search(r"the manifest says [0-9a-f]{64}.*copy or export the bundle again", message)
+
+
+@pytest.mark.parametrize("name", [GRAPH, "target.safetensors"])
+def test_truncated_file(folder, name):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{path} has SHA-256 " in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [GRAPH, "target.safetensors"])
+def test_missing_file(folder, name):
+    (folder / name).unlink()
+    assert f"{folder / name} cannot be read (No such file" in refusal(folder)
+
+
+def test_wrong_hash_in_the_manifest(folder):
+    edit_manifest(folder, "files", GRAPH, value="0" * 64)
+    assert f"the manifest says {'0' * 64}" in refusal(folder)
+
+
+@pytest.mark.parametrize(("owner", "graph"), [("target", "log_density"), ("target", "backbone")])
+def test_missing_graph(folder, owner, graph):
+    graphs = read_manifest(folder)[owner]["graphs"]
+    del graphs[graph]
+    edit_manifest(folder, owner, "graphs", value=graphs)
+    message = refusal(folder)
+    assert f"{owner} has the graphs" in message
+    assert f"'{graph}'" in message.split("expected")[1]
+
+
+def test_graph_whose_file_is_not_listed(folder):
+    edit_manifest(folder, "target", "graphs", "backbone", "file", value="other.onnx")
+    assert "target.graphs.backbone names 'other.onnx', which is not in files" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("inputs", 0, "name"), "token"),
+        (("inputs", 0, "dtype"), "int64"),
+        (("inputs", 0, "shape"), ["B", "N", 17]),
+        (("outputs", 0, "shape"), ["N", "B", 192]),
+    ],
+)
+def test_changed_bindings(folder, keys, value):
+    edit_manifest(folder, "target", "graphs", "backbone", *keys, value=value)
+    message = refusal(folder)
+    assert "bindings of target.graphs.backbone (target.backbone.onnx)" in message
+    assert "export the bundle again" in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("token_dim",), 8, "is not 49 tokens of 8"),
+        (("tokens",), 50, "is not 50 tokens of 16"),
+        (("defaults", "draft"), "nobody", "defaults.draft is 'nobody'"),
+        (("target", "head"), "target", "a target needs a head of its own"),
+        (("drafts", "adapter", "z_dim"), 64, "drives the target's head but its z_dim is 64"),
+        (("drafts", "adapter", "head_width"), 64, "drafts.adapter.head is 'target' but its head_width is 64"),
+    ],
+)
+def test_fields_that_contradict_each_other(folder, keys, value, said):
+    edit_manifest(folder, *keys, value=value)
+    assert said in refusal(folder)
+
+
+def test_no_engine_is_made_of_a_refused_bundle(folder, monkeypatch):
+    """The backend's module is loaded, its library never asked to read a file."""
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: pytest.fail("an engine was made"))
+    (folder / GRAPH).write_bytes(b"")
+    with pytest.raises(BundleError):
+        specdec_rt.load(folder)
+
+
+def test_a_graph_that_the_backend_cannot_read(folder):
+    """Its hash is right, so it was exported like this: the backend's fault to tell, and a failure, not bad input."""
+    import hashlib
+
+    (folder / "target.backbone.onnx").write_bytes(b"no graph")
+    edit_manifest(folder, "files", "target.backbone.onnx", value=hashlib.sha256(b"no graph").hexdigest())
+    pipeline = specdec_rt.load(folder)
+    with pytest.raises(BackendError, match=r"cannot load .*target\.backbone\.onnx") as caught:
+        pipeline.generate([1], mode="target")
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_a_folder_can_be_a_link(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    assert load_bundle(tmp_path / "link").manifest.name == "digits"

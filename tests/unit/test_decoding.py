@@ -1,0 +1,134 @@
+"""The loop on the shipped pair: what a token may depend on, and what the counters say."""
+
+import numpy as np
+import pytest
+
+from specdec_rt import DecodeOptions, load
+
+LABELS = np.arange(16) % 10
+CLOSE = 1e-4
+"""Rounding between batch shapes may move a token by this much."""
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load()
+
+
+def largest_difference(first, second):
+    return np.abs(first - second).max()
+
+
+@pytest.mark.parametrize("mode", ["target", "exact"])
+def test_an_image_is_the_same_alone_in_a_batch_and_in_any_order(pipeline, mode):
+    together = pipeline.generate(LABELS, seed=3, mode=mode, batch_size=16)
+    for index in (0, 7, 15):
+        alone = pipeline.generate([LABELS[index]], seed=3, mode=mode, indices=[index])
+        assert largest_difference(alone.tokens[0], together.tokens[index]) <= CLOSE
+    order = np.random.default_rng(0).permutation(16)
+    mixed = pipeline.generate(LABELS[order], seed=3, mode=mode, indices=order, batch_size=5)
+    assert largest_difference(mixed.tokens, together.tokens[order]) <= CLOSE
+
+
+def test_a_seed_and_an_index_change_the_image(pipeline):
+    first, second = pipeline.generate([3, 3], seed=1, mode="target").tokens
+    other = pipeline.generate([3], seed=2, mode="target").tokens[0]
+    assert largest_difference(first, second) > 0.1
+    assert largest_difference(first, other) > 0.1
+
+
+def test_tokens_do_not_depend_on_the_draft_length(pipeline):
+    """Noise keys hold no round number, so even `exact` draws the same image at every γ."""
+    for mode in ("target", "exact"):
+        one, four, nine = (
+            pipeline.generate(LABELS[:4], seed=5, mode=mode, draft_length=length).tokens for length in (1, 4, 9)
+        )
+        assert largest_difference(one, four) <= CLOSE
+        assert largest_difference(four, nine) <= CLOSE
+
+
+def test_a_draft_that_is_the_target_is_always_accepted(pipeline):
+    """The target's own head at every step proposes what the target would have drawn."""
+    steps = pipeline.session(LABELS[:1], DecodeOptions()).target.head.chain.length
+    drafted = pipeline.generate(LABELS[:4], seed=6, mode="exact", draft="self", draft_steps=steps)
+    target = pipeline.generate(LABELS[:4], seed=6, mode="target")
+    assert drafted.stats.acceptance_rate == 1
+    assert largest_difference(drafted.tokens, target.tokens) <= CLOSE
+
+
+def test_self_draft_saves_sequential_head_calls(pipeline):
+    drafted = pipeline.generate(LABELS[:4], seed=6, mode="exact", draft="self").stats
+    target = pipeline.generate(LABELS[:4], seed=6, mode="target").stats
+    assert drafted.sequential_head_calls < 0.8 * target.sequential_head_calls
+    assert drafted.target_backbone_calls == target.target_backbone_calls
+    assert drafted.draft_backbone_calls == 0
+
+
+def test_prefill_of_everything_is_target_mode(pipeline):
+    filled = pipeline.generate(LABELS[:2], seed=8, mode="exact", prefill=1.0)
+    target = pipeline.generate(LABELS[:2], seed=8, mode="target")
+    np.testing.assert_array_equal(filled.tokens, target.tokens)
+    assert filled.stats.rounds == 0
+    assert filled.stats.acceptance_rate is None
+
+
+@pytest.mark.parametrize("mode", ["exact", "paper"])
+def test_prefilled_tokens_are_the_targets(pipeline, mode):
+    count = 20
+    share = (count - 0.5) / 49
+    filled = pipeline.generate(LABELS[:3], seed=9, mode=mode, prefill=share)
+    target = pipeline.generate(LABELS[:3], seed=9, mode="target")
+    assert largest_difference(filled.tokens[:, :count], target.tokens[:, :count]) <= CLOSE
+    assert filled.stats.rounds <= 3 * (49 - count)
+
+
+def test_paper_accepts_everything_as_tau_grows(pipeline):
+    """With every draft accepted, and noise that drafts share with `draft` mode, the image is the draft's."""
+    paper = pipeline.generate(LABELS[:4], seed=4, mode="paper", tau=1e6, prefill=0.0)
+    draft = pipeline.generate(LABELS[:4], seed=4, mode="draft")
+    assert paper.stats.acceptance_rate == 1
+    assert largest_difference(paper.tokens, draft.tokens) <= CLOSE
+
+
+def test_paper_accepts_more_at_a_higher_tau(pipeline):
+    rates = [pipeline.generate(LABELS[:4], seed=4, mode="paper", tau=tau).stats.acceptance_rate for tau in (1, 4)]
+    assert rates[0] < rates[1]
+
+
+def test_the_counters_add_up(pipeline):
+    tokens, length = 49, 4
+    stats = pipeline.generate(LABELS[:5], seed=1, mode="exact", draft_length=length).stats
+    assert stats.accepted + stats.rejected == tokens * 5  # every token was either
+    assert stats.tokens_per_round == pytest.approx(tokens * 5 / stats.rounds)
+    assert stats.acceptance_rate == stats.accepted / (stats.accepted + stats.rejected)
+    assert stats.target_backbone_calls == stats.rounds
+    assert stats.accepted + stats.rejected <= stats.drafted <= stats.draft_backbone_calls
+    assert stats.rounds <= stats.draft_backbone_calls <= stats.rounds * length
+    alone = [
+        pipeline.generate([LABELS[i]], seed=1, mode="exact", draft_length=length, indices=[i]).stats for i in range(5)
+    ]
+    assert sum(one.rounds for one in alone) == stats.rounds
+    assert sum(one.accepted for one in alone) == stats.accepted
+
+
+def test_target_mode_counts(pipeline):
+    steps = pipeline.session(LABELS[:1], DecodeOptions()).target.head.chain.length
+    stats = pipeline.generate(LABELS[:3], mode="target").stats
+    assert stats.target_backbone_calls == 3 * 49
+    assert stats.sequential_head_calls == 3 * 49 * steps
+    assert (stats.rounds, stats.draft_backbone_calls, stats.acceptance_rate) == (0, 0, None)
+
+
+def test_guidance_of_one_is_none_and_more_changes_the_image(pipeline):
+    plain = pipeline.generate(LABELS[:2], seed=2, mode="target", guidance=1.0)
+    nearly = pipeline.generate(LABELS[:2], seed=2, mode="target", guidance=1.0 + 1e-7)
+    strong = pipeline.generate(LABELS[:2], seed=2, mode="target", guidance=4.0)
+    assert largest_difference(plain.tokens, nearly.tokens) <= 1e-3
+    assert largest_difference(plain.tokens, strong.tokens) > 0.1
+
+
+def test_progress_ends_at_all_tokens(pipeline):
+    seen = []
+    pipeline.generate(LABELS[:3], batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (3 * 49, 3 * 49)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
