@@ -1,0 +1,214 @@
+"""MAR: a masked autoencoder over continuous tokens and its diffusion head (arXiv 2406.11838).
+
+Parameter names are those of the published checkpoints.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export.models.causal import Attention
+from export.models.head import DiffusionHead
+
+__all__ = ["PRESETS", "Mar", "MarSize", "visible_set"]
+
+_LAYER_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarSize:
+    """What fixes a model's weights, and how its tokens tile an image."""
+
+    image: int = 256
+    """height and width, in pixels"""
+    stride: int = 16
+    """pixels per latent position along each side (the VAE's)"""
+    patch: int = 1
+    """latent positions per token along each side"""
+    channels: int = 16
+    """values in a latent position"""
+    classes: int = 1000
+    """labels 0 … classes - 1; one more, the dropped label, stands for "no label"."""
+    buffer: int = 64
+    """places before the tokens that carry the label's embedding"""
+    encoder_width: int
+    encoder_depth: int
+    encoder_heads: int
+    decoder_width: int
+    """Z"""
+    decoder_depth: int
+    decoder_heads: int
+    head_width: int
+    head_depth: int
+    learned_variance: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """L."""
+        return (self.image // self.stride // self.patch) ** 2
+
+    @property
+    def token_dim(self) -> int:
+        """D."""
+        return self.channels * self.patch**2
+
+
+def _published(width: int, depth: int, heads: int, *, head_width: int, head_depth: int) -> MarSize:
+    return MarSize(
+        encoder_width=width,
+        encoder_depth=depth,
+        encoder_heads=heads,
+        decoder_width=width,
+        decoder_depth=depth,
+        decoder_heads=heads,
+        head_width=head_width,
+        head_depth=head_depth,
+    )
+
+
+PRESETS: Mapping[str, MarSize] = {
+    "mar_base": _published(768, 12, 12, head_width=1024, head_depth=6),
+    "mar_large": _published(1024, 16, 16, head_width=1280, head_depth=8),
+    "mar_huge": _published(1280, 20, 16, head_width=1536, head_depth=12),
+}
+"""The published models, by the name that their checkpoints give."""
+
+
+def visible_set(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The known positions of `mask [B, L]` (1 where unknown), ascending, padded to the fullest image's K.
+
+    Returns their index `[B, K]` and bool `[B, K]`, true where an entry is one and no padding.
+    """
+    known = mask == 0
+    count = known.sum(dim=1)
+    index = known.int().argsort(dim=1, descending=True, stable=True)[:, : int(count.max())]
+    return index, torch.arange(index.shape[1], device=mask.device) < count[:, None]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (timm's `Block`); every query sees every key that is not hidden."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=_LAYER_NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=_LAYER_NORM_EPS)
+        layers = {"fc1": nn.Linear(width, 4 * width), "act": nn.GELU(), "fc2": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, hidden: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        """`hidden [B, N, W]`; `key_bias [B, N]` is added to the scores of each key."""
+        hidden = hidden + self._attend(self.norm1(hidden), key_bias)
+        return hidden + self.mlp(self.norm2(hidden))
+
+    def _attend(self, hidden: Tensor, key_bias: Tensor | None) -> Tensor:
+        query, key, value = self.attn.split(hidden)  # [B, H, N, Dh]
+        # Written out: fused Attention nodes are not portable between backends.
+        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+        if key_bias is not None:
+            scores = scores + key_bias[:, None, None]
+        return self.attn.merge(scores.softmax(dim=-1) @ value)
+
+
+class Mar(nn.Module):
+    """`(tokens [B, L, D], visible [B, K], visible_mask [B, K], label [B]) -> z [B, L, Z]`.
+
+    `visible` indexes the known tokens, of which only those under a true `visible_mask` count (see
+    `visible_set`); other tokens' values are never read. With `query [B, Q]` z is `[B, Q, Z]`, at those
+    positions alone. z means something at unknown positions only.
+    """
+
+    def __init__(self, size: MarSize) -> None:
+        super().__init__()
+        self.size = size
+        places = size.buffer + size.tokens
+        self.class_emb = nn.Embedding(size.classes, size.encoder_width)
+        self.fake_latent = nn.Parameter(torch.zeros(1, size.encoder_width))
+        self.z_proj = nn.Linear(size.token_dim, size.encoder_width)
+        self.z_proj_ln = nn.LayerNorm(size.encoder_width, eps=_LAYER_NORM_EPS)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, places, size.encoder_width))
+        self.encoder_blocks = nn.ModuleList(
+            Block(size.encoder_width, size.encoder_heads) for _ in range(size.encoder_depth)
+        )
+        self.encoder_norm = nn.LayerNorm(size.encoder_width, eps=_LAYER_NORM_EPS)
+        self.decoder_embed = nn.Linear(size.encoder_width, size.decoder_width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, places, size.decoder_width))
+        self.decoder_blocks = nn.ModuleList(
+            Block(size.decoder_width, size.decoder_heads) for _ in range(size.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(size.decoder_width, eps=_LAYER_NORM_EPS)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, size.tokens, size.decoder_width))
+        self._initialise()
+        head = DiffusionHead(
+            size.token_dim,
+            size.decoder_width,
+            size.head_width,
+            size.head_depth,
+            learned_variance=size.learned_variance,
+        )
+        self.diffloss = nn.ModuleDict({"net": head})
+
+    def _initialise(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name == "class_emb.weight" or "." not in name:
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def head(self) -> DiffusionHead:
+        """The head, typed."""
+        head = self.diffloss["net"]
+        assert isinstance(head, DiffusionHead)
+        return head
+
+    def forward(
+        self, tokens: Tensor, visible: Tensor, visible_mask: Tensor, label: Tensor, query: Tensor | None = None
+    ) -> Tensor:
+        encoded = self._encode(tokens, visible, visible_mask, label)
+        return self._decode(encoded, visible, visible_mask, query)
+
+    def _embed(self, label: Tensor) -> Tensor:
+        """`[B]` to `[B, W]`."""
+        dropped = (label == self.size.classes)[:, None]
+        return torch.where(dropped, self.fake_latent, self.class_emb(label.clamp(max=self.size.classes - 1)))
+
+    def _encode(self, tokens: Tensor, visible: Tensor, visible_mask: Tensor, label: Tensor) -> Tensor:
+        """The features of the buffer and of the visible tokens, `[B, buffer + K, W]`."""
+        buffer = self.size.buffer
+        position = self.encoder_pos_embed_learned
+        labelled = self._embed(label)[:, None] + position[:, :buffer]
+        known = self.z_proj(_take(tokens, visible)) + F.embedding(visible, position[0, buffer:])
+        hidden = self.z_proj_ln(torch.cat([labelled, known], dim=1))
+        key_bias = F.pad(torch.where(visible_mask, 0.0, -math.inf), (buffer, 0))
+        for block in self.encoder_blocks:
+            hidden = block(hidden, key_bias)
+        return self.encoder_norm(hidden)
+
+    def _decode(self, encoded: Tensor, visible: Tensor, visible_mask: Tensor, query: Tensor | None) -> Tensor:
+        buffer, tokens = self.size.buffer, self.size.tokens
+        hidden = self.decoder_embed(encoded)
+        batch, _, width = hidden.shape
+        # Every position holds the mask token but the visible ones; padding goes to a place past the end.
+        place = torch.where(visible_mask, visible, tokens)[..., None].expand(-1, -1, width)
+        rows = self.mask_token.expand(batch, tokens + 1, -1).scatter(1, place, hidden[:, buffer:])
+        hidden = torch.cat([hidden[:, :buffer], rows[:, :tokens]], dim=1) + self.decoder_pos_embed_learned
+        for block in self.decoder_blocks:
+            hidden = block(hidden)
+        hidden = hidden[:, buffer:]
+        if query is None:
+            return self.decoder_norm(hidden) + self.diffusion_pos_embed_learned
+        return self.decoder_norm(_take(hidden, query)) + F.embedding(query, self.diffusion_pos_embed_learned[0])
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """`rows [B, N, W]` at `index [B, K]`: `[B, K, W]`."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
