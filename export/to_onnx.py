@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from specdec_rt.bundle import Binding
 from specdec_rt.types import Array
 
-__all__ = ["OPSET", "WeightsFile", "export_graph", "save_weights"]
+__all__ = ["OPSET", "WeightsFile", "export_graph", "save_weights", "to_model_proto"]
 
 OPSET = 22
 SHARED_BYTES = 1024
@@ -92,6 +93,24 @@ def export_graph(
     ]
     positional = sum(isinstance(example, Tensor) for example in examples)
     nested = (*shapes[:positional], *([shapes[positional:]] if positional < len(shapes) else []))
+    model = to_model_proto(
+        module, examples, [binding.name for binding in inputs], [binding.name for binding in outputs], nested
+    )
+    _name_sizes(model, bindings)
+    _share_weights(model, weights)
+    onnx.save(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def to_model_proto(
+    module: nn.Module,
+    examples: Sequence[Any],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_shapes: Sequence[Any],
+) -> onnx.ModelProto:
+    """Trace `module` on `examples`; without the exporter's remarks on packages that it does not need."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own use of its own deprecated names
         program = torch.onnx.export(
@@ -99,17 +118,13 @@ def export_graph(
             tuple(examples),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[binding.name for binding in inputs],
-            output_names=[binding.name for binding in outputs],
-            dynamic_shapes=nested,
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_shapes=tuple(dynamic_shapes),
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
-    _name_sizes(model, bindings)
-    _share_weights(model, weights)
-    onnx.save(model, path)
-    onnx.checker.check_model(str(path), full_check=True)
+    return program.model_proto
 
 
 def _name_sizes(model: onnx.ModelProto, bindings: Bindings) -> None:

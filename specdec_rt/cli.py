@@ -60,7 +60,7 @@ def generate(
     *,
     labels: Annotated[str | None, typer.Option(help='Classes, such as "0-9" or "207,360".')] = None,
     count: Annotated[int, typer.Option(help="Images of each label.")] = 1,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 1,
     batch_size: Annotated[int | None, typer.Option(help="Images decoded at a time; changes none of them.")] = None,
     mode: Annotated[
         str | None, typer.Option(help="exact (the target's distribution), paper (approximate), target or draft.")

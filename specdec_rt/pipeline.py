@@ -75,7 +75,7 @@ class Pipeline:
         self,
         labels: Sequence[int] | IntArray,
         *,
-        seed: int = 0,
+        seed: int = 1,
         options: DecodeOptions | None = None,
         batch_size: int | None = None,
         indices: Sequence[int] | IntArray | None = None,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import onnx
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from export.digits.data import CLASSES, SIDE, Digits
 from export.digits.training import FitOptions, fit
-from export.to_onnx import OPSET
+from export.to_onnx import to_model_proto
 
 __all__ = ["FEATURES", "DigitClassifier", "export_classifier", "train_classifier"]
 
@@ -49,15 +50,6 @@ def train_classifier(data: Digits, options: FitOptions, checkpoint: Path, progre
 
 def export_classifier(model: DigitClassifier, path: Path) -> None:
     """Write it as ONNX for the tests, which compare images without torch."""
-    program = torch.onnx.export(
-        model.eval(),
-        (torch.rand(3, SIDE, SIDE),),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["image"],
-        output_names=["logits", "features"],
-        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-        verbose=False,
-    )
-    assert program is not None
-    program.save(path, external_data=False)
+    examples = [torch.rand(3, SIDE, SIDE)]
+    shapes = [{0: torch.export.Dim.DYNAMIC}]
+    onnx.save(to_model_proto(model, examples, ["image"], ["logits", "features"], shapes), path)

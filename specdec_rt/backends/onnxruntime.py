@@ -27,10 +27,10 @@ class OnnxRuntimeBackend:
         """Make an engine of the ONNX file at `path`. Raises BackendError where ONNX Runtime cannot."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads or 0
-        options.inter_op_num_threads = 1
         options.log_severity_level = 3  # what it warns of is no news to a user of the bundle
-        # Decoding alternates short calls with short host work: spinning between them beats waking up.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        # Every engine has threads of its own, and decoding alternates between engines: threads that went on
+        # spinning after their call would fight over the cores with those of the next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a family of unrelated types

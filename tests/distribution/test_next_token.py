@@ -41,7 +41,7 @@ def prefixes(request):
     labels = np.arange(count) % manifest.classes
     images = pipeline.generate(labels, seed=5, mode="target")
     context = images.tokens + manifest.chain.final_std * rng.standard_normal(images.tokens.shape, dtype=np.float32)
-    session = pipeline.session(labels, DecodeOptions())
+    session = pipeline.session(labels, DecodeOptions(guidance=1.0))
     place = rng.integers(0, manifest.tokens, count)
     before = np.concatenate([np.zeros_like(context[:, :1]), context[:, :-1]], axis=1)
     conditions = [
