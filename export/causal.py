@@ -30,9 +30,10 @@ from specdec_rt.bundle import (
     graph_bindings,
     load_bundle,
 )
+from specdec_rt.errors import OutputError
 from specdec_rt.schedule import ChainSpec
 
-__all__ = ["CausalPair", "annotate", "read_pair", "write_bundle"]
+__all__ = ["CausalPair", "annotate", "read_pair", "replace_bundle", "require_replaceable", "write_bundle"]
 
 EXAMPLE_IMAGES, EXAMPLE_INPUTS, EXAMPLE_ROWS, EXAMPLE_STEPS, EXAMPLE_BRANCHES = 3, 4, 5, 6, 2
 """Sizes of the inputs that graphs are traced and compared on: no two alike, none 0 or 1."""
@@ -58,6 +59,7 @@ def write_bundle(pair: CausalPair, out: Path, *, half: bool) -> Manifest:
     `half` stores weights in half precision; graphs compute in single precision either way. The models'
     own parameters are rounded to what is stored. Raises ParityError where a graph disagrees with torch.
     """
+    require_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -84,12 +86,24 @@ def write_bundle(pair: CausalPair, out: Path, *, half: bool) -> Manifest:
         )
         _write_manifest(folder, manifest)
         folder.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        folder.replace(out)
+        replace_bundle(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return manifest
+
+
+def require_replaceable(out: Path) -> None:
+    """Raise OutputError where `out` is something else than a bundle, an empty folder, or nothing yet."""
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"{out} holds something that is no bundle; expected a new folder, or a bundle to replace")
+
+
+def replace_bundle(folder: Path, out: Path) -> None:
+    """Move a finished bundle to `out`, in the place of the one that is there."""
+    require_replaceable(out)
+    if out.exists():
+        shutil.rmtree(out)
+    folder.replace(out)
 
 
 def annotate(folder: Path, notes: Mapping[str, Any]) -> None:
@@ -98,9 +112,10 @@ def annotate(folder: Path, notes: Mapping[str, Any]) -> None:
     _write_manifest(folder, manifest.model_copy(update={"provenance": {**manifest.provenance, **notes}}))
 
 
-def read_pair(folder: Path) -> CausalPair:
-    """The torch models of a bundle, from its own weights: what a re-export starts from."""
-    manifest = load_bundle(folder).manifest
+def read_pair(folder: str | Path) -> CausalPair:
+    """The torch models of a bundle (a folder, or an embedded one's name), from its own weights."""
+    bundle = load_bundle(folder)
+    folder, manifest = bundle.folder, bundle.manifest
     target = _read_model(folder, "target", manifest.target, manifest)
     assert isinstance(target, CausalModel)
     return CausalPair(
@@ -130,8 +145,7 @@ def _read_model(folder: Path, name: str, record: Model, manifest: Manifest) -> C
         return backbone.eval()
     of_head = _under("head.", weights)
     blocks = {key.split(".")[1] for key in of_head if key.startswith("res_blocks.")}
-    learned = manifest.chain.variance == "learned"
-    head = DiffusionHead(size.token_dim, record.z_dim, record.head_width, len(blocks), learned_variance=learned)
+    head = DiffusionHead(size.token_dim, record.z_dim, record.head_width, len(blocks), learned_variance=False)
     head.load_state_dict(of_head)
     return CausalModel(backbone, head).eval()
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from specdec_rt.config import GuidanceSchedule, Mode
+from specdec_rt.config import LARGEST, SELF_DRAFT, GuidanceSchedule, Mode
 from specdec_rt.errors import BundleError
 from specdec_rt.schedule import ChainSpec
 
@@ -37,6 +37,8 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+RESERVED = (SELF_DRAFT, "target")
+"""Names that no draft of a bundle may have."""
 
 
 class GraphName(StrEnum):
@@ -52,7 +54,7 @@ HEAD_GRAPHS = (GraphName.TIME_EMBEDDING, GraphName.DENOISE_STEP, GraphName.LOG_D
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Binding(_Record):
@@ -107,7 +109,7 @@ class Defaults(_Record):
     mode: Mode
     draft: str
     draft_length: int = Field(ge=1)
-    guidance: float = Field(ge=0)
+    guidance: float = Field(ge=0, le=LARGEST)
     guidance_schedule: GuidanceSchedule
 
 
@@ -211,7 +213,8 @@ def embedded_bundles() -> list[str]:
 def load_bundle(bundle: str | Path) -> Bundle:
     """Read and check the bundle in a folder, or the embedded one of that name.
 
-    Raises BundleError, naming the file, where anything is missing, damaged or does not fit.
+    Raises BundleError, naming the file, where anything is missing, damaged, surplus or does not fit. That a
+    graph's own bindings are those of the manifest is checked when its engine is made.
     """
     folder = _find(bundle)
     manifest = _read_manifest(folder / MANIFEST)
@@ -254,6 +257,10 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.name != MANIFEST and path.name not in manifest.files:
+            # A graph may read its weights from any file beside it: none may escape the check of hashes.
+            raise BundleError(f"{path} is not in the manifest's files: remove it, or export the bundle again")
     for name, expected in manifest.files.items():
         path = folder / name
         try:
@@ -272,9 +279,14 @@ def _check_models(path: Path, manifest: Manifest) -> None:
         raise BundleError(f"{path}: chain.variance is 'learned', but a causal family's head predicts no variance")
     if manifest.target.head != "own":
         raise BundleError(f"{path}: target.head is 'target'; a target needs a head of its own")
-    if manifest.defaults.draft not in manifest.drafts:
+    for taken in RESERVED:
+        if taken in manifest.drafts:
+            raise BundleError(f"{path}: a draft is called {taken!r}, a name that means something else; rename it")
+    if manifest.defaults.draft not in (*manifest.drafts, SELF_DRAFT):
         raise BundleError(f"{path}: defaults.draft is {manifest.defaults.draft!r}, which is not among its drafts")
     layout = manifest.image
+    if layout.height % layout.patch or layout.width % layout.patch:
+        raise BundleError(f"{path}: image {layout.height}x{layout.width} cannot be tiled by patches of {layout.patch}")
     grid = (layout.height // layout.patch) * (layout.width // layout.patch)
     if (grid, layout.patch**2 * layout.channels) != (manifest.tokens, manifest.token_dim):
         raise BundleError(

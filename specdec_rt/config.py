@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from specdec_rt.errors import UsageError
 
-__all__ = ["SELF_DRAFT", "DecodeOptions", "GuidanceSchedule", "Mode", "check_whole_number"]
+__all__ = ["LARGEST", "SELF_DRAFT", "DecodeOptions", "GuidanceSchedule", "Mode", "check_whole_number"]
 
 Mode = Literal["exact", "paper", "target", "draft"]
 GuidanceSchedule = Literal["linear", "constant"]
@@ -23,7 +23,7 @@ SELF_DRAFT = "self"
 class DecodeOptions:
     """Options of one request; None takes the bundle's default. Raises UsageError on a bad value."""
 
-    mode: Mode = "exact"
+    mode: Mode | None = None
     draft: str | None = None
     """a draft's name in the bundle, or "self" """
     draft_length: int | None = None
@@ -45,7 +45,7 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         for name, kind in (("mode", Mode), ("guidance_schedule", GuidanceSchedule)):
             value = getattr(self, name)
-            if value not in get_args(kind) and not (value is None and name != "mode"):
+            if value is not None and value not in get_args(kind):
                 raise UsageError(f"{name} is {value!r}; expected one of {', '.join(get_args(kind))}")
         if not isinstance(self.draft, str | None):
             raise UsageError(f"draft is {self.draft!r}; expected the name of a draft, or {SELF_DRAFT!r}")

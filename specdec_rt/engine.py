@@ -15,6 +15,10 @@ BoundCall = Callable[[], None]
 class Engine(Protocol):
     """One executable graph on one backend."""
 
+    inputs: frozenset[str]
+    """names, as the graph itself declares them"""
+    outputs: frozenset[str]
+
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
         """Fix the buffers of a call, once, so that running it moves nothing and allocates nothing.
 

@@ -2,9 +2,11 @@
 
 import operator
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from specdec_rt.decode.draft import Model
 from specdec_rt.decode.loop import Decoder, Plan, Session
 from specdec_rt.decode.stats import Counters, Stats
 from specdec_rt.engine import Backend, Engine
-from specdec_rt.errors import UsageError
+from specdec_rt.errors import BundleError, UsageError
 from specdec_rt.families.causal import CausalBackbone
 from specdec_rt.noise import NoiseSource
 from specdec_rt.schedule import Chain, ChainSpec, compile_chain, evaluated_steps
@@ -27,6 +29,8 @@ __all__ = ["BACKENDS", "Pipeline", "Result", "load"]
 
 BACKENDS = ("auto", "onnxruntime")
 DEFAULT_BATCH_SIZE = 16
+KEPT_CHAINS = 8
+"""Chains (a request's temperature makes a new one) whose buffers are kept for the next request."""
 PAPER_PREFILL = 0.05
 SELF_SHARE = 0.4
 """Share of the chain's steps that the "self" draft evaluates where nothing else is asked for."""
@@ -63,13 +67,17 @@ def load(bundle: str | Path = "digits", *, backend: str = "auto", threads: int |
 
 
 class Pipeline:
-    """A bundle on a backend. Engines are made when a request first needs them, then kept."""
+    """A bundle on a backend. Engines are made when a request first needs them, then kept.
+
+    Calls from several threads take turns: they share engines and buffers.
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
         self.backend = backend
         self._engines: dict[str, Engine] = {}
-        self._heads: dict[tuple[str | None, ChainSpec], Head] = {}
+        self._head = lru_cache(maxsize=KEPT_CHAINS)(self._make_head)
+        self._turn = threading.RLock()
 
     def generate(
         self,
@@ -110,19 +118,17 @@ class Pipeline:
             if progress is not None:
                 progress(done, len(labels) * tokens_each)
 
-        started = time.perf_counter()
-        parts = [
-            Decoder(self.session(labels[i : i + size], options), noise, keys[i : i + size], counters, tell).run()
-            for i in range(0, len(labels), size)
-        ]
+        with self._turn:
+            self.session(labels[:1], options)  # makes the engines that are still missing, before the clock runs
+            started = time.perf_counter()
+            parts = [
+                Decoder(self.session(labels[i : i + size], options), noise, keys[i : i + size], counters, tell).run()
+                for i in range(0, len(labels), size)
+            ]
+            seconds = time.perf_counter() - started
         tokens: FloatArray = np.concatenate(parts)
-        stats = Stats.of(
-            counters,
-            mode=options.mode,
-            backend=self.backend.name,
-            images=len(labels),
-            seconds=time.perf_counter() - started,
-        )
+        mode = options.mode or self.bundle.manifest.defaults.mode
+        stats = Stats.of(counters, mode=mode, backend=self.backend.name, images=len(labels), seconds=seconds)
         return Result(to_pixels(tokens, self.bundle.manifest.image), tokens, labels, stats)
 
     def session(self, labels: IntArray, options: DecodeOptions) -> Session:
@@ -142,13 +148,14 @@ class Pipeline:
         manifest = self.bundle.manifest
         defaults = manifest.defaults
         draft = options.draft or defaults.draft
+        mode = options.mode or defaults.mode
         self_draft = draft == SELF_DRAFT
         if not self_draft and draft not in manifest.drafts:
             names = ", ".join([*manifest.drafts, SELF_DRAFT])
             raise UsageError(f"draft is {draft!r}; bundle {manifest.name!r} has {names}")
-        if self_draft and options.mode in ("paper", "draft"):
+        if self_draft and mode in ("paper", "draft"):
             raise UsageError(
-                f"draft 'self' has no model of its own, so mode {options.mode!r} cannot use it; "
+                f"draft 'self' has no model of its own, so mode {mode!r} cannot use it; "
                 f"take mode 'exact', or one of the drafts {', '.join(manifest.drafts)}"
             )
         if self_draft and options.draft_length not in (None, 1):
@@ -157,7 +164,7 @@ class Pipeline:
             raise UsageError(
                 f"ar_steps is {options.ar_steps}; a causal family makes one token per step, so {manifest.tokens} here"
             )
-        if options.mode == "exact":
+        if mode == "exact":
             chain.require_density_ratio()
         steps = options.draft_steps
         if steps is not None and steps > chain.length:
@@ -166,9 +173,9 @@ class Pipeline:
             steps = round(SELF_SHARE * chain.length)
         prefill = options.prefill
         if prefill is None:
-            prefill = PAPER_PREFILL if options.mode == "paper" else 0.0
+            prefill = PAPER_PREFILL if mode == "paper" else 0.0
         return Plan(
-            mode=options.mode,
+            mode=mode,
             tokens=manifest.tokens,
             prefill=int(np.ceil(prefill * manifest.tokens)),
             draft_length=1 if self_draft else min(options.draft_length or defaults.draft_length, manifest.tokens),
@@ -197,31 +204,36 @@ class Pipeline:
             branches=1 if plan.guidance == 1 else 2,
             slots=plan.slots,
         )
-        return Model(backbone, self._head(name if record.head == "own" else None, chain))
+        return Model(backbone, self._head(name if record.head == "own" else None, chain.spec))
 
-    def _head(self, name: str | None, chain: Chain) -> Head:
-        key = (name, chain.spec)
-        if key not in self._heads:
-            record = self.bundle.manifest.model(name)
-            assert record.head_width is not None  # the bundle was checked: this model has a head
-            table = np.empty((chain.length, record.head_width), np.float32)
-            embed = self._engine(record, GraphName.TIME_EMBEDDING)
-            embed.bind({"timestep": chain.timestep}, {"time_table": table})()
-            self._heads[key] = Head(
-                self._engine(record, GraphName.DENOISE_STEP),
-                self._engine(record, GraphName.LOG_DENSITY),
-                table,
-                chain,
-                self.bundle.manifest.token_dim,
-                record.z_dim,
-            )
-        return self._heads[key]
+    def _make_head(self, name: str | None, spec: ChainSpec) -> Head:
+        record, chain = self.bundle.manifest.model(name), compile_chain(spec)
+        assert record.head_width is not None  # the bundle was checked: this model has a head
+        table = np.empty((chain.length, record.head_width), np.float32)
+        embed = self._engine(record, GraphName.TIME_EMBEDDING)
+        embed.bind({"timestep": chain.timestep}, {"time_table": table})()
+        return Head(
+            self._engine(record, GraphName.DENOISE_STEP),
+            self._engine(record, GraphName.LOG_DENSITY),
+            table,
+            chain,
+            self.bundle.manifest.token_dim,
+            record.z_dim,
+        )
 
     def _engine(self, record: ModelRecord, name: GraphName) -> Engine:
         graph = record.graphs[name]
+        path = self.bundle.path(graph)
         if graph.file not in self._engines:
-            self._engines[graph.file] = self.backend.load(self.bundle.path(graph))
-        return self._engines[graph.file]
+            self._engines[graph.file] = self.backend.load(path)
+        engine = self._engines[graph.file]
+        for kind, found, wanted in (
+            ("inputs", engine.inputs, graph.inputs),
+            ("outputs", engine.outputs, graph.outputs),
+        ):
+            if found != {binding.name for binding in wanted}:
+                raise BundleError(f"{path} has other {kind} than the manifest says: {sorted(found)}; export it again")
+        return engine
 
     @staticmethod
     def _whole_numbers(name: str, values: Sequence[int] | IntArray, limit: int) -> IntArray:

@@ -32,7 +32,7 @@ class ChainSpec:
     """A chain as a manifest describes it. Raises ChainError where the fields contradict each other."""
 
     # A manifest with a misspelt field must fail, not fall back to a default: read by pydantic.
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
     steps: int
     """T, the training steps spread evenly from 0 to `t_max`."""

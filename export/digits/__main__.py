@@ -7,6 +7,7 @@ import argparse
 import json
 import platform
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from export.causal import CausalPair, annotate, read_pair, write_bundle
+from export.causal import CausalPair, annotate, read_pair, replace_bundle, require_replaceable, write_bundle
 from export.digits.classifier import export_classifier, train_classifier
 from export.digits.data import CLASSES, PACKAGE, PATCH, SIDE, TOKEN_DIM, TOKENS, Digits, load_digits
 from export.digits.distil import distil_adapter
@@ -23,6 +24,7 @@ from export.digits.training import FitOptions, denoising_loss, fit
 from export.models.causal import CausalBackbone, CausalBackboneSize, CausalModel
 from export.models.head import DiffusionHead
 from specdec_rt.bundle import Defaults, ImageLayout
+from specdec_rt.errors import OutputError
 from specdec_rt.schedule import ChainSpec, compile_chain
 
 CHAIN = ChainSpec(steps=25, t_max=975, drop_last=2, final_std=0.1, variance="large", emit="mean")
@@ -79,13 +81,10 @@ def provenance() -> dict[str, Any]:
 
 
 def install(folder: Path, out: Path) -> None:
-    """Copy a finished bundle to `out`, in the place of what is there."""
+    """Copy a finished bundle to `out`, in the place of the one that is there."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(folder, part)
-    shutil.rmtree(out, ignore_errors=True)
-    part.replace(out)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        replace_bundle(shutil.copytree(folder, Path(scratch, out.name)), out)
 
 
 def main() -> None:
@@ -100,6 +99,11 @@ def main() -> None:
     parser.add_argument("--classifier", type=Path, help="also write the classifier that judges, as ONNX")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    arguments.out = arguments.out.resolve()
+    try:
+        require_replaceable(arguments.out)
+    except OutputError as error:
+        parser.error(str(error))
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     data = load_digits(arguments.data)

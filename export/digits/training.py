@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -146,6 +146,10 @@ def fit(
     history: list[tuple[float, float]] = []
     if checkpoint.exists():
         stored = torch.load(checkpoint, weights_only=True)
+        if stored["options"] != asdict(options):
+            raise SystemExit(
+                f"{checkpoint} was trained with other options, {stored['options']}: delete it to train anew"
+            )
         for name, parameter in parameters.items():
             parameter.data.copy_(stored["model"][name])
         average, step, history = stored["average"], stored["step"], stored["history"]
@@ -175,6 +179,7 @@ def fit(
             f"{checkpoint.stem}: epoch {step // per_epoch} of {options.epochs}, loss {train:.4f}, held out {test:.4f}"
         )
         state = {
+            "options": asdict(options),
             "model": {name: p.detach() for name, p in parameters.items()},
             "average": average,
             "optimiser": optimiser.state_dict(),

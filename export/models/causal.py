@@ -27,7 +27,7 @@ class CausalBackboneSize:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; the cached form is in `forward`, the training form passes no cache."""
+    """Causal self-attention over whole sequences; `export.graphs` runs it over caches."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

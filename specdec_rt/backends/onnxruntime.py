@@ -44,6 +44,8 @@ class OnnxRuntimeEngine:
     def __init__(self, path: Path, session: onnxruntime.InferenceSession) -> None:
         self._path = path
         self._session = session
+        self.inputs = frozenset(value.name for value in session.get_inputs())
+        self.outputs = frozenset(value.name for value in session.get_outputs())
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = {value.name: value for value in session.get_outputs()}
 
@@ -52,24 +54,14 @@ class OnnxRuntimeEngine:
         self._check("inputs", self._inputs, inputs)
         self._check("outputs", self._outputs, outputs)
         binding = self._session.io_binding()
-        # On the CPU an OrtValue shares the array's memory, and keeps the array alive.
-        values = {
-            id(array): onnxruntime.OrtValue.ortvalue_from_numpy(array)
-            for array in (*inputs.values(), *outputs.values())
-        }
+        # On the CPU an OrtValue shares its array's memory, and only the Python object keeps the array alive.
+        arrays = {id(array): array for array in (*inputs.values(), *outputs.values())}
+        values = {key: onnxruntime.OrtValue.ortvalue_from_numpy(array) for key, array in arrays.items()}
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, values[id(array)])
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, values[id(array)])
-        session, path = self._session, self._path
-
-        def call() -> None:
-            try:
-                session.run_with_iobinding(binding)
-            except Exception as error:  # ONNX Runtime raises a family of unrelated types
-                raise BackendError(f"ONNX Runtime failed while it ran {path}: {error}") from error
-
-        return call
+        return _OnnxRuntimeCall(self._path, self._session, binding, tuple(values.values()), tuple(arrays.values()))
 
     def _check(self, kind: str, declared: Mapping[str, onnxruntime.NodeArg], given: Mapping[str, Array]) -> None:
         if declared.keys() != given.keys():
@@ -85,3 +77,20 @@ class OnnxRuntimeEngine:
                     f"{self._path}: {name} is {value.type} {value.shape}; was bound to {array.dtype} {array.shape}"
                     f"{'' if array.flags.c_contiguous else ', not contiguous'}"
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class _OnnxRuntimeCall:
+    """A call on fixed buffers, which live as long as it does."""
+
+    path: Path
+    session: onnxruntime.InferenceSession
+    binding: onnxruntime.IOBinding
+    values: tuple[onnxruntime.OrtValue, ...]
+    arrays: tuple[Array, ...]
+
+    def __call__(self) -> None:
+        try:
+            self.session.run_with_iobinding(self.binding)
+        except Exception as error:  # ONNX Runtime raises a family of unrelated types
+            raise BackendError(f"ONNX Runtime failed while it ran {self.path}: {error}") from error

@@ -1,14 +1,19 @@
 """A diffusion head on its engines: chains sampled step by step, or judged in one batched call."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from specdec_rt.engine import BoundCall, Engine
+from specdec_rt.errors import BackendError
 from specdec_rt.schedule import Chain
 from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
 
 __all__ = ["Head", "Trajectory"]
+
+KEPT_SHAPES = 32
+"""Batch shapes whose buffers are kept for the next call."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,9 @@ class Head:
         self._denoise_step = denoise_step
         self._log_density = log_density
         self._tables = {"time_table": time_table, "coefficients": chain.coefficients.astype(np.float32)}
-        self._step_buffers: dict[tuple[int, int], _StepBuffers] = {}
-        self._density_buffers: dict[tuple[int, int], _DensityBuffers] = {}
+        # A batch shrinks as its images finish: many shapes come by, the last used come again.
+        self._steps = lru_cache(maxsize=KEPT_SHAPES)(self._bind_steps)
+        self._density = lru_cache(maxsize=KEPT_SHAPES)(self._bind_density)
 
     def sample(
         self,
@@ -103,16 +109,15 @@ class Head:
         ends = begin == n
         if ends.any():
             buffers.path[n, ends] = start[ends]
+        _require_finite(buffers.path[n], "denoise_step")
         return Trajectory(buffers.path.swapaxes(0, 1).copy(), buffers.mean.swapaxes(0, 1).copy())
 
     def means(self, path: FloatArray, z: FloatArray, guidance: FloatArray) -> FloatArray:
         """`[R, n, D]`: the mean of every transition out of the states of `path [R, n + 1, D]`, in one call."""
-        key = (z.shape[0], len(path))
-        if key not in self._density_buffers:
-            self._density_buffers[key] = self._bind_density(*key)
-        buffers = self._density_buffers[key]
+        buffers = self._density(z.shape[0], len(path))
         buffers.path[:], buffers.z[:], buffers.guidance[:] = path, z, guidance
         buffers.call()
+        _require_finite(buffers.mean, "log_density")
         return buffers.mean.copy()
 
     def _predict_clean(self, buffers: _StepBuffers, step: int) -> Array:
@@ -128,12 +133,6 @@ class Head:
         of_state = chain.state_coefficient[step] - of_clean * chain.prediction_state[step]
         buffers.mean[step] = of_state * buffers.path[step] + of_clean * clean
         buffers.path[step + 1] = buffers.mean[step] + chain.std[step] * buffers.noise[step]
-
-    def _steps(self, branches: int, rows: int) -> _StepBuffers:
-        key = (branches, rows)
-        if key not in self._step_buffers:
-            self._step_buffers[key] = self._bind_steps(branches, rows)
-        return self._step_buffers[key]
 
     def _bind_steps(self, branches: int, rows: int) -> _StepBuffers:
         n, dim = self.chain.length, self.token_dim
@@ -165,3 +164,12 @@ class Head:
 
     def _conditions(self, branches: int, rows: int) -> tuple[Array, Array]:
         return np.zeros((branches, rows, self.z_dim), np.float32), np.zeros((branches, rows), np.float32)
+
+
+def _require_finite(values: Array, graph: str) -> None:
+    # A comparison with NaN is False: it would pass for a rejection, and then for a pixel.
+    if not np.isfinite(values).all():
+        raise BackendError(
+            f"a {graph} engine returned values that are not finite; export the bundle again, "
+            "in a wider precision if it was exported in a narrow one"
+        )

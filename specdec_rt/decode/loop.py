@@ -167,12 +167,22 @@ class Decoder:
         self._position[active] += kept
         self._position[active[rejecting]] += 1
         committed = int(kept.sum()) + len(rows)
-        self._counters.rounds += len(active)
-        self._counters.drafted += int(np.minimum(length, left).sum())
+        self._count_calls(len(active), int(np.minimum(length, left).sum()))
         self._counters.committed += committed
         self._counters.accepted += int(kept.sum())
         self._counters.rejected += len(rows)
         self._tell(committed)
+
+    def _count_calls(self, images: int, drafted: int) -> None:
+        """Count a round of so many images and drafts; drafts past an image's end, which companions cause, are none."""
+        plan, counters, n = self._plan, self._counters, self._head.chain.length
+        evaluations = n if plan.evaluate is None else int(plan.evaluate.sum())
+        aligned = n if plan.mode == "paper" else 0
+        counters.rounds += images
+        counters.drafted += drafted
+        counters.target_backbone_calls += images
+        counters.draft_backbone_calls += 0 if plan.self_draft else drafted
+        counters.sequential_head_calls += drafted * (evaluations + aligned)
 
     def _propose_and_condition(
         self, target: Model, position: IntArray, length: int, noise: ChainNoise
@@ -180,17 +190,12 @@ class Decoder:
         """The round's drafts, and the target's conditions `z [G, R, Z]` for them: one backbone call."""
         plan, images = self._plan, len(position)
         previous = self._previous()
-        n = target.head.chain.length
-        evaluations = n if plan.evaluate is None else int(plan.evaluate.sum())
-        self._counters.sequential_head_calls += images * length * evaluations
-        self._counters.target_backbone_calls += images
         if plan.self_draft:
             z = target.backbone.condition(previous[:, None], position)[:, :, 0].copy()
             drawn = target.head.sample(z, plan.guidance_at(position), noise.start, noise.steps, evaluate=plan.evaluate)
             return Proposal(noise, drawn.path, drawn.mean), z
         assert self._draft is not None
         proposal = propose(self._draft, previous, position, length, noise, plan.guidance_at, plan.evaluate)
-        self._counters.draft_backbone_calls += images * length
         drafted = proposal.token.reshape(images, length, -1)
         context = np.concatenate([previous[:, None], drafted[:, :-1]], axis=1)
         z = target.backbone.condition(context, position)
@@ -202,7 +207,6 @@ class Decoder:
         if self._plan.mode == "exact":
             uniform = self._noise.uniform(image, place, Purpose.ACCEPTANCE, target.head.chain.length + 1)
             return judge_exact(target.head, z, guidance, proposal, uniform)
-        self._counters.sequential_head_calls += len(place) * target.head.chain.length
         uniform = self._noise.uniform(image, place, Purpose.ACCEPTANCE, 1)
         return judge_paper(target.head, z, guidance, proposal, uniform[:, 0], self._plan.tau)
 
@@ -259,7 +263,3 @@ class Decoder:
         return ChainNoise.of(
             self._noise.normal(image, place, Purpose.CHAIN, self._head.chain.length + 1, self._head.token_dim)
         )
-
-    def _guidance(self, position: IntArray) -> FloatArray:
-        plan = self._plan
-        return guidance_weights(position, tokens=plan.tokens, scale=plan.guidance, schedule=plan.guidance_schedule)

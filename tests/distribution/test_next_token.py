@@ -10,8 +10,8 @@ from specdec_rt import DecodeOptions, load
 from specdec_rt.decode.draft import ChainNoise, Proposal
 from specdec_rt.decode.verify import complete_exact, judge_exact
 
-FAST = pytest.param((8, 500), id="fast")
-FULL = pytest.param((64, 2000), id="full", marks=pytest.mark.full)
+FAST = pytest.param((8, 500, None), id="fast, the bundle's guidance")
+FULL = pytest.param((64, 2000, 1.0), id="full, no guidance", marks=pytest.mark.full)
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Prefixes:
 
 @pytest.fixture(scope="module", params=[FAST, FULL])
 def prefixes(request):
-    count, draws = request.param
+    count, draws, guidance = request.param
     pipeline = load()
     manifest = pipeline.bundle.manifest
     rng = np.random.default_rng(0)
     labels = np.arange(count) % manifest.classes
     images = pipeline.generate(labels, seed=5, mode="target")
     context = images.tokens + manifest.chain.final_std * rng.standard_normal(images.tokens.shape, dtype=np.float32)
-    session = pipeline.session(labels, DecodeOptions(guidance=1.0))
+    session = pipeline.session(labels, DecodeOptions(guidance=guidance))
     place = rng.integers(0, manifest.tokens, count)
     before = np.concatenate([np.zeros_like(context[:, :1]), context[:, :-1]], axis=1)
     conditions = [

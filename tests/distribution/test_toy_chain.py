@@ -26,13 +26,14 @@ def normals(rng, *shape):
 
 
 def sample(head, rng, rows):
-    """Tokens of one head alone."""
+    """One head alone: tokens, and the means that are shown for them, `[rows, 2 D]`."""
     z, guidance = conditions(rows)
-    return head.sample(z, guidance, normals(rng, rows, DIM), normals(rng, rows, N, DIM)).path[:, -1]
+    drawn = head.sample(z, guidance, normals(rng, rows, DIM), normals(rng, rows, N, DIM))
+    return np.concatenate([drawn.path[:, -1], drawn.mean[:, -1]], axis=1)
 
 
 def speculate(rng, rows, variant):
-    """Tokens by speculation: drafts, judged and completed by the code that ships, bent where `variant` says."""
+    """The same by speculation: drafts, judged and completed by the code that ships, bent where `variant` says."""
     z, guidance = conditions(rows)
     noise = ChainNoise(normals(rng, rows, DIM), normals(rng, rows, N, DIM))
     drawn = DRAFT.sample(z, guidance, noise.start, noise.steps)
@@ -42,6 +43,7 @@ def speculate(rng, rows, variant):
     if variant == "stops at the first failure":
         judgement = replace(judgement, verdict=first_failure(proposal, judgement.target_mean, uniform))
     token = proposal.token.copy()
+    mean = (proposal.mean[:, -1] if variant == "shows the draft's mean" else judgement.mean).copy()
     rejected = np.flatnonzero(~judgement.accepted)
     fresh = normals(rng, len(rejected), N, DIM)
     if variant == "reuses the draft's noise":
@@ -50,8 +52,9 @@ def speculate(rng, rows, variant):
         step = judgement.verdict.accepted_steps[rejected]
         start = proposal.path[rejected, step]
         z, guidance = conditions(len(rejected))
-        token[rejected] = TARGET.sample(z, guidance, start, fresh, begin=step).path[:, -1]
-        return token, judgement.accepted
+        drawn = TARGET.sample(z, guidance, start, fresh, begin=step)
+        token[rejected], mean[rejected] = drawn.path[:, -1], drawn.mean[:, -1]
+        return np.concatenate([token, mean], axis=1), judgement.accepted
     completion = complete_exact(
         TARGET,
         z,
@@ -63,8 +66,8 @@ def speculate(rng, rows, variant):
         direction=normals(rng, len(rejected), DIM),
         fresh=fresh,
     )
-    token[rejected] = completion.token
-    return token, judgement.accepted
+    token[rejected], mean[rejected] = completion.token, completion.mean
+    return np.concatenate([token, mean], axis=1), judgement.accepted
 
 
 def first_failure(proposal, target_mean, uniform):
@@ -99,7 +102,10 @@ def test_exact_draws_from_the_target(target_tokens):
     assert sliced_p_value(tokens, target_tokens) > 0.01
 
 
-@pytest.mark.parametrize("variant", ["stops at the first failure", "reuses the draft's noise", "without residual"])
+@pytest.mark.parametrize(
+    "variant",
+    ["stops at the first failure", "reuses the draft's noise", "without residual", "shows the draft's mean"],
+)
 def test_a_broken_variant_is_seen(target_tokens, variant):
     tokens = in_chunks(lambda rng, rows: speculate(rng, rows, variant)[0], seed=3)
     assert sliced_p_value(tokens, target_tokens) < 1e-6

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from export.causal import CausalPair, annotate, read_pair, write_bundle
+from export.graphs import DenoiseStepGraph
 from export.models.causal import CausalBackbone, CausalBackboneSize, CausalModel
 from export.models.head import DiffusionHead
 from export.parity import ParityError, require_parity
 from export.to_onnx import OPSET
 from specdec_rt import load
 from specdec_rt.bundle import Defaults, ImageLayout
+from specdec_rt.errors import OutputError
 from specdec_rt.schedule import ChainSpec
 
 
@@ -90,10 +92,40 @@ def test_a_wrong_weight_fails_the_comparison_with_torch(folder):
         require_parity(Altered(), examples, graph.inputs, folder / graph.file)
 
 
+def test_not_a_number_fails_the_comparison_in_any_output(folder):
+    manifest = load(folder).bundle.manifest
+    graph = manifest.target.graphs["denoise_step"]
+    rows, n = 3, 4
+    sizes = {"R": rows, "n": n, "G": 1}
+    shapes = {binding.name: [sizes.get(size, size) for size in binding.shape] for binding in graph.inputs}
+    examples = [
+        torch.zeros(shape, dtype=torch.int64) if name == "step" else torch.randn(shape)
+        for name, shape in shapes.items()
+    ]
+
+    class Broken(torch.nn.Module):
+        def forward(self, *values):
+            next_state, mean = step(*values)
+            return next_state, mean * torch.nan
+
+    step = DenoiseStepGraph(read_pair(folder).target.head)
+    with torch.no_grad():
+        require_parity(step, examples, graph.inputs, folder / graph.file)
+        with pytest.raises(ParityError, match="differs from torch by nan"):
+            require_parity(Broken(), examples, graph.inputs, folder / graph.file)
+
+
+def test_export_replaces_nothing_but_a_bundle(pair, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(OutputError, match="holds something that is no bundle"):
+        write_bundle(pair, tmp_path, half=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
 def test_export_replaces_a_bundle_as_a_whole(folder, pair):
-    (folder / "left-over").write_text("from before")
     annotate(folder, {"note": "kept"})
     assert json.loads((folder / "manifest.json").read_text())["provenance"]["note"] == "kept"
+    (folder / "left-over").write_text("from before")
     write_bundle(pair, folder, half=False)
     assert not (folder / "left-over").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]

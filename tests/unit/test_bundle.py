@@ -207,3 +207,54 @@ def test_a_graph_that_the_backend_cannot_read(folder):
 def test_a_folder_can_be_a_link(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     assert load_bundle(tmp_path / "link").manifest.name == "digits"
+
+
+def test_a_file_that_the_manifest_does_not_list(folder):
+    (folder / "more.safetensors").write_bytes(b"weights that no hash covers")
+    assert "more.safetensors is not in the manifest's files: remove it" in refusal(folder)
+
+
+def test_weights_that_no_hash_covers(folder):
+    files = read_manifest(folder)["files"]
+    del files["target.safetensors"]
+    edit_manifest(folder, "files", value=files)
+    assert "target.safetensors is not in the manifest's files" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("image", "height"), 30, "image 30x28 cannot be tiled by patches of 4"),
+        (("chain", "steps"), "25", "chain.steps"),
+        (("chain", "temperature"), True, "chain.temperature"),
+        (("defaults", "guidance"), float("inf"), "defaults.guidance"),
+        (("defaults", "draft"), "none", "defaults.draft is 'none'"),
+    ],
+)
+def test_values_that_cannot_be(folder, keys, value, said):
+    edit_manifest(folder, *keys, value=value)
+    assert said in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["self", "target"])
+def test_a_draft_with_a_name_that_is_taken(folder, name):
+    drafts = read_manifest(folder)["drafts"]
+    edit_manifest(folder, "drafts", value={**drafts, name: drafts["small"]})
+    assert f"a draft is called {name!r}" in refusal(folder)
+
+
+def test_a_bundle_without_any_draft(folder):
+    edit_manifest(folder, "drafts", value={})
+    edit_manifest(folder, "defaults", "draft", value="self")
+    stats = specdec_rt.load(folder).generate([1], prefill=0.9).stats
+    assert stats.draft_backbone_calls == 0
+    assert stats.accepted > 0
+
+
+def test_graphs_that_changed_places(folder):
+    """The manifest and the hashes agree, the files themselves do not."""
+    graphs = read_manifest(folder)["target"]["graphs"]
+    edit_manifest(folder, "target", "graphs", "log_density", "file", value=graphs["denoise_step"]["file"])
+    pipeline = specdec_rt.load(folder)
+    with pytest.raises(BundleError, match=r"denoise_step\.onnx has other inputs than the manifest says"):
+        pipeline.generate([1], mode="target")

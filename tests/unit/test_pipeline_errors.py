@@ -132,3 +132,11 @@ def test_every_refusal_is_one_family():
         "SpecDecError": 1,
         "UsageError": 2,
     }
+
+
+def test_the_bundle_says_what_a_request_leaves_open(tmp_path):
+    folder = copy_bundle(tmp_path / "copy")
+    edit_manifest(folder, "defaults", "mode", value="draft")
+    edit_manifest(folder, "defaults", "draft", value="small")
+    stats = specdec_rt.load(folder).generate([1]).stats
+    assert (stats.mode, stats.target_backbone_calls) == ("draft", 0)
