@@ -76,6 +76,7 @@ class Pipeline:
         self.bundle = bundle
         self.backend = backend
         self._engines: dict[str, Engine] = {}
+        self._compiled = lru_cache(maxsize=KEPT_CHAINS)(compile_chain)
         self._head = lru_cache(maxsize=KEPT_CHAINS)(self._make_head)
         self._turn = threading.RLock()
 
@@ -119,7 +120,7 @@ class Pipeline:
                 progress(done, len(labels) * tokens_each)
 
         with self._turn:
-            self.session(labels[:1], options)  # makes the engines that are still missing, before the clock runs
+            first = self.session(labels[:1], options)  # makes the engines that are still missing, before the clock runs
             started = time.perf_counter()
             parts = [
                 Decoder(self.session(labels[i : i + size], options), noise, keys[i : i + size], counters, tell).run()
@@ -127,20 +128,17 @@ class Pipeline:
             ]
             seconds = time.perf_counter() - started
         tokens: FloatArray = np.concatenate(parts)
-        mode = options.mode or self.bundle.manifest.defaults.mode
-        stats = Stats.of(counters, mode=mode, backend=self.backend.name, images=len(labels), seconds=seconds)
+        stats = Stats.of(counters, mode=first.plan.mode, backend=self.backend.name, images=len(labels), seconds=seconds)
         return Result(to_pixels(tokens, self.bundle.manifest.image), tokens, labels, stats)
 
     def session(self, labels: IntArray, options: DecodeOptions) -> Session:
         """The models that a batch of `labels [B]` needs, their caches empty. Raises as `generate` does."""
         chain = self._chain(options)
         plan = self._plan(options, chain)
-        draft = options.draft or self.bundle.manifest.defaults.draft
-        drafts = plan.mode in ("exact", "paper", "draft") and not plan.self_draft
         return Session(
             plan,
-            target=None if plan.mode == "draft" else self._model(None, chain, labels, plan),
-            draft=self._model(draft, chain, labels, plan) if drafts else None,
+            target=None if plan.mode == "draft" else self._model(None, chain.spec, labels, plan),
+            draft=None if plan.draft is None else self._model(plan.draft, chain.spec, labels, plan),
         )
 
     def _plan(self, options: DecodeOptions, chain: Chain) -> Plan:
@@ -180,7 +178,7 @@ class Pipeline:
             prefill=int(np.ceil(prefill * manifest.tokens)),
             draft_length=1 if self_draft else min(options.draft_length or defaults.draft_length, manifest.tokens),
             evaluate=None if steps is None else evaluated_steps(chain.length, steps),
-            self_draft=self_draft,
+            draft=None if self_draft or mode == "target" else draft,
             tau=options.tau,
             guidance=defaults.guidance if options.guidance is None else options.guidance,
             guidance_schedule=options.guidance_schedule or defaults.guidance_schedule,
@@ -189,9 +187,9 @@ class Pipeline:
 
     def _chain(self, options: DecodeOptions) -> Chain:
         spec = self.bundle.manifest.chain
-        return compile_chain(replace(spec, temperature=spec.temperature * options.temperature))
+        return self._compiled(replace(spec, temperature=spec.temperature * options.temperature))
 
-    def _model(self, name: str | None, chain: Chain, labels: IntArray, plan: Plan) -> Model:
+    def _model(self, name: str | None, spec: ChainSpec, labels: IntArray, plan: Plan) -> Model:
         """The target (None) or a draft, its backbone fresh for a batch."""
         manifest = self.bundle.manifest
         record = manifest.model(name)
@@ -204,10 +202,10 @@ class Pipeline:
             branches=1 if plan.guidance == 1 else 2,
             slots=plan.slots,
         )
-        return Model(backbone, self._head(name if record.head == "own" else None, chain.spec))
+        return Model(backbone, self._head(name if record.head == "own" else None, spec))
 
     def _make_head(self, name: str | None, spec: ChainSpec) -> Head:
-        record, chain = self.bundle.manifest.model(name), compile_chain(spec)
+        record, chain = self.bundle.manifest.model(name), self._compiled(spec)
         assert record.head_width is not None  # the bundle was checked: this model has a head
         table = np.empty((chain.length, record.head_width), np.float32)
         embed = self._engine(record, GraphName.TIME_EMBEDDING)

@@ -44,10 +44,9 @@ class OnnxRuntimeEngine:
     def __init__(self, path: Path, session: onnxruntime.InferenceSession) -> None:
         self._path = path
         self._session = session
-        self.inputs = frozenset(value.name for value in session.get_inputs())
-        self.outputs = frozenset(value.name for value in session.get_outputs())
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = {value.name: value for value in session.get_outputs()}
+        self.inputs, self.outputs = frozenset(self._inputs), frozenset(self._outputs)
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
         """Fix the buffers of a call. Raises BackendError where one does not fit its binding."""

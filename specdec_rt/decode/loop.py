@@ -39,8 +39,8 @@ class Plan:
     draft_length: int
     evaluate: BoolArray | None
     """`[n]` the steps at which the draft calls its head; None: all"""
-    self_draft: bool
-    """the target's own head drafts its chain: a round is one token, and no draft backbone runs"""
+    draft: str | None
+    """the draft model's name; None in `target` mode, and where the target's own head drafts its chain"""
     tau: float
     guidance: float
     guidance_schedule: GuidanceSchedule
@@ -181,7 +181,7 @@ class Decoder:
         counters.rounds += images
         counters.drafted += drafted
         counters.target_backbone_calls += images
-        counters.draft_backbone_calls += 0 if plan.self_draft else drafted
+        counters.draft_backbone_calls += 0 if plan.draft is None else drafted
         counters.sequential_head_calls += drafted * (evaluations + aligned)
 
     def _propose_and_condition(
@@ -190,11 +190,10 @@ class Decoder:
         """The round's drafts, and the target's conditions `z [G, R, Z]` for them: one backbone call."""
         plan, images = self._plan, len(position)
         previous = self._previous()
-        if plan.self_draft:
+        if self._draft is None:  # the target's own head drafts: a round is one token
             z = target.backbone.condition(previous[:, None], position)[:, :, 0].copy()
             drawn = target.head.sample(z, plan.guidance_at(position), noise.start, noise.steps, evaluate=plan.evaluate)
             return Proposal(noise, drawn.path, drawn.mean), z
-        assert self._draft is not None
         proposal = propose(self._draft, previous, position, length, noise, plan.guidance_at, plan.evaluate)
         drafted = proposal.token.reshape(images, length, -1)
         context = np.concatenate([previous[:, None], drafted[:, :-1]], axis=1)
