@@ -18,7 +18,7 @@ from export.models.mar import PRESETS, Mar, MarSize
 from export.models.vae import VaeDecoder
 from specdec_rt.errors import SpecDecError
 
-__all__ = ["Checkpoint", "CheckpointError", "build_mar", "build_vae_decoder", "read_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "build_mar", "build_vae_decoder", "load_weights", "read_checkpoint"]
 
 _ALTERED = "the file was altered or put together from two: export the original"
 _DOWNLOAD = "download it again"
@@ -149,7 +149,7 @@ def build_mar(checkpoint: Checkpoint, *, heads: tuple[int, int] | None = None) -
     tensors["class_emb.weight"] = tensors["class_emb.weight"][: size.classes]
     with torch.device("meta"):
         model = Mar(size)
-    _load(model, checkpoint, tensors)
+    load_weights(model, checkpoint, tensors)
     return model
 
 
@@ -161,7 +161,7 @@ def build_vae_decoder(checkpoint: Checkpoint) -> VaeDecoder:
     tensors = {key: value for key, value in checkpoint.tensors.items() if not key.startswith(_NOT_FOR_DECODING)}
     with torch.device("meta"):
         decoder = VaeDecoder()
-    _load(decoder, checkpoint, tensors)
+    load_weights(decoder, checkpoint, tensors)
     return decoder
 
 
@@ -259,8 +259,11 @@ def _confirm_preset(checkpoint: Checkpoint, size: MarSize) -> None:
             raise checkpoint.error("args.model", given, f"{field} {found}, which the weights show", _ALTERED)
 
 
-def _load(model: nn.Module, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-    """Make `tensors` the parameters of `model` (on the meta device), which must be exactly theirs."""
+def load_weights(model: nn.Module, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Make `tensors`, in single precision, the parameters of `model`, which is on the meta device.
+
+    Raises CheckpointError, naming the checkpoint's file, where they are not exactly the model's.
+    """
     expected = model.state_dict()
     missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing:

@@ -1,12 +1,26 @@
 """The graphs that engines are made of, as torch modules whose arguments follow the binding contract."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from export.models.causal import Attention, CausalBackbone
 from export.models.head import DiffusionHead
+from export.models.mar import MarBackbone
+from export.models.vae import VaeDecoder
 
-__all__ = ["CausalBackboneGraph", "DenoiseStepGraph", "LogDensityGraph", "TimeEmbeddingGraph"]
+__all__ = [
+    "CausalBackboneGraph",
+    "DecoderGraph",
+    "DenoiseStepGraph",
+    "LogDensityGraph",
+    "MarBackboneGraph",
+    "TimeEmbeddingGraph",
+]
+
+LATENT_SCALE = 0.2325
+"""MAR's tokens are the VAE's latents times this."""
 
 
 class CausalBackboneGraph(nn.Module):
@@ -53,6 +67,17 @@ class CausalBackboneGraph(nn.Module):
         return attention.merge(scores.softmax(dim=-1) @ value_cache), key_cache, value_cache
 
 
+class MarBackboneGraph(nn.Module):
+    """`backbone` of the MAR family: z at the queries, from the visible tokens alone."""
+
+    def __init__(self, backbone: MarBackbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, tokens: Tensor, visible: Tensor, visible_mask: Tensor, label: Tensor, query: Tensor) -> Tensor:
+        return self.backbone(tokens, visible, visible_mask, label, query)
+
+
 class TimeEmbeddingGraph(nn.Module):
     """`time_embedding`: training steps `[n]` to the rows that `time_table` is made of."""
 
@@ -64,13 +89,34 @@ class TimeEmbeddingGraph(nn.Module):
         return self.head.time_embed(timestep)
 
 
-class DenoiseStepGraph(nn.Module):
-    """`denoise_step`: one transition of each row's chain, to the next state and the mean it is drawn around."""
+class _HeadGraph(nn.Module):
+    """A head; the chain decides whether what it says of variances counts."""
 
-    def __init__(self, head: DiffusionHead) -> None:
+    def __init__(self, head: DiffusionHead, *, learned_variance: bool) -> None:
         super().__init__()
-        assert not head.learned_variance
+        assert head.learned_variance or not learned_variance
         self.head = head
+        self.learned_variance = learned_variance
+
+    def _predict(self, state: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Every branch's ε̂ `[G, ..., D]`, and v `[..., D]` where variances are learned: the first branch's alone.
+
+        `state [G, ..., D]`, `condition [G, ..., W]`. MAR guides ε̂ and takes v as the first branch gives it.
+        """
+        prediction = self.head(state, condition)
+        if not self.head.learned_variance:
+            return prediction, None
+        epsilon, share = prediction.chunk(2, dim=-1)
+        return epsilon, share[0] if self.learned_variance else None
+
+
+def _learned_std(std: Tensor, log_std_range: Tensor, share: Tensor) -> Tensor:
+    """σ of each value, between its bounds; exactly 0 where the bounds are (the range of 0 is 0)."""
+    return std * torch.exp(log_std_range * (share + 1) / 2)
+
+
+class DenoiseStepGraph(_HeadGraph):
+    """`denoise_step`: one transition of each row's chain: the next state, and the mean (and learned std) it is from."""
 
     def forward(
         self,
@@ -81,26 +127,47 @@ class DenoiseStepGraph(nn.Module):
         coefficients: Tensor,
         step: Tensor,
         noise: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         condition = time_table[step] + self.head.cond_embed(z)  # [G, R, W]
-        prediction = self.head(state.expand(z.shape[0], -1, -1), condition)
+        prediction, share = self._predict(state.expand(z.shape[0], -1, -1), condition)
         epsilon = (guidance[..., None] * prediction).sum(0)
-        of_state, of_epsilon, std, _ = coefficients[step][..., None].unbind(1)  # each [R, 1]
+        of_state, of_epsilon, std, log_std_range = coefficients[step][..., None].unbind(1)  # each [R, 1]
         mean = of_state * state + of_epsilon * epsilon
-        return mean + std * noise, mean
+        if share is None:
+            return mean + std * noise, mean
+        std = _learned_std(std, log_std_range, share)
+        return mean + std * noise, mean, std
 
 
-class LogDensityGraph(nn.Module):
-    """`log_density`: the means of all n transitions out of the states of whole paths, in one batch."""
+class LogDensityGraph(_HeadGraph):
+    """`log_density`: means (and learned stds) of all n transitions out of the states of whole paths, in one batch."""
 
-    def __init__(self, head: DiffusionHead) -> None:
-        super().__init__()
-        assert not head.learned_variance
-        self.head = head
-
-    def forward(self, path: Tensor, z: Tensor, guidance: Tensor, time_table: Tensor, coefficients: Tensor) -> Tensor:
+    def forward(
+        self, path: Tensor, z: Tensor, guidance: Tensor, time_table: Tensor, coefficients: Tensor
+    ) -> tuple[Tensor, ...]:
         state = path[:, :-1]  # [R, n, D]
         condition = time_table + self.head.cond_embed(z)[:, :, None]  # [G, R, n, W]
-        prediction = self.head(state.expand(z.shape[0], -1, -1, -1), condition)
+        prediction, share = self._predict(state.expand(z.shape[0], -1, -1, -1), condition)
         epsilon = (guidance[..., None, None] * prediction).sum(0)
-        return coefficients[:, 0, None] * state + coefficients[:, 1, None] * epsilon
+        mean = coefficients[:, 0, None] * state + coefficients[:, 1, None] * epsilon
+        if share is None:
+            return (mean,)
+        return mean, _learned_std(coefficients[:, 2, None], coefficients[:, 3, None], share)
+
+
+class DecoderGraph(nn.Module):
+    """`decoder`: the tokens `[B, L, D]` of whole images to pixels `[B, H, W, 3]`, nominally -1 … 1, not clipped.
+
+    A token is `patch` × `patch` latent positions, its values channel by channel; tokens stand in raster order.
+    """
+
+    def __init__(self, vae: VaeDecoder, *, patch: int) -> None:
+        super().__init__()
+        self.vae = vae
+        self.patch = patch
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        side, patch = math.isqrt(tokens.shape[1]), self.patch
+        places = tokens.view(-1, side, side, tokens.shape[2] // patch**2, patch, patch)  # [B, h, w, c, p, q]
+        latents = places.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, side * patch, side * patch)
+        return self.vae(latents / LATENT_SCALE).permute(0, 2, 3, 1)

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from specdec_rt.bundle import load_bundle
 from specdec_rt.config import DecodeOptions
 from specdec_rt.errors import SpecDecError, UsageError
+from specdec_rt.manifest import Manifest
 from specdec_rt.output import Write, array_writer, check_file, check_folder, png_writer, write_together
 from specdec_rt.pictures import SheetLayout, draw_sheet
 from specdec_rt.pipeline import Progress as Tell
@@ -66,14 +67,14 @@ def generate(
         str | None, typer.Option(help="exact (the target's distribution), paper (approximate), target or draft.")
     ] = None,
     draft: Annotated[str | None, typer.Option(help="A draft's name in the bundle, or self.")] = None,
-    draft_length: Annotated[int | None, typer.Option(help="Tokens proposed per round.")] = None,
+    draft_length: Annotated[int | None, typer.Option(help="AR steps drafted per round.")] = None,
     draft_steps: Annotated[int | None, typer.Option(help="Head evaluations per drafted token.")] = None,
     tau: Annotated[float | None, typer.Option(help="Acceptance temperature of mode paper.")] = None,
     prefill: Annotated[float | None, typer.Option(help="Share of the tokens that the target makes alone.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = None,
     guidance_schedule: Annotated[str | None, typer.Option(help="linear or constant.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Factor on the chain's noise.")] = None,
-    ar_steps: Annotated[int | None, typer.Option(help="Autoregressive steps per image.")] = None,
+    ar_steps: Annotated[int | None, typer.Option(help="Autoregressive steps per image (MAR).")] = None,
     backend: Annotated[str, typer.Option(help="auto or onnxruntime.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Cores that engines may use; all of them by default.")] = None,
     out: Annotated[
@@ -107,9 +108,12 @@ def generate(
         raise UsageError(f"count is {count}; expected a whole number of at least 1")
     if out is None and out_dir is None and tokens is None:
         out = Path(f"{Path(manifest.name).name}.png")
-    layout = SheetLayout.of(
-        labels=len(chosen), per_label=count, height=manifest.image.height, width=manifest.image.width
-    )
+    layout = _sheet_layout(manifest, labels=len(chosen), per_label=count)
+    if layout is None and (out is not None or out_dir is not None):
+        raise UsageError(
+            f"bundle {manifest.name!r} makes tokens only: nothing in it makes pixels; "
+            "ask for --tokens FILE.npz alone, or export the bundle with its VAE"
+        )
     _check_outputs(out, out_dir, tokens, layout)
     with _progress_bar() as tell:
         result = pipeline.generate(
@@ -167,9 +171,17 @@ def _options(**given: object) -> DecodeOptions:
     return make_options(**{name: value for name, value in given.items() if value is not None})
 
 
-def _check_outputs(out: Path | None, out_dir: Path | None, tokens: Path | None, layout: SheetLayout) -> None:
+def _sheet_layout(manifest: Manifest, *, labels: int, per_label: int) -> SheetLayout | None:
+    """How the images stand on a sheet; None where the bundle makes none."""
+    image = manifest.image
+    if image is None:
+        return None
+    return SheetLayout.of(labels=labels, per_label=per_label, height=image.height, width=image.width)
+
+
+def _check_outputs(out: Path | None, out_dir: Path | None, tokens: Path | None, layout: SheetLayout | None) -> None:
     """Raise an error now that would else come after the work."""
-    if out is not None:
+    if out is not None and layout is not None:
         height, width = layout.size
         if height * width > SHEET_PIXELS:
             raise UsageError(
@@ -183,15 +195,19 @@ def _check_outputs(out: Path | None, out_dir: Path | None, tokens: Path | None, 
         check_file(tokens, ".npz")
 
 
-def _write(result: Result, layout: SheetLayout, out: Path | None, out_dir: Path | None, tokens: Path | None) -> None:
+def _write(
+    result: Result, layout: SheetLayout | None, out: Path | None, out_dir: Path | None, tokens: Path | None
+) -> None:
     contents: dict[Path, Write] = {}
-    if out is not None:
-        contents[out] = png_writer(draw_sheet(result.images, layout))
-    if out_dir is not None:
-        for index, (label, image) in enumerate(zip(result.labels, result.images, strict=True)):
-            contents[out_dir / f"{index:05d}-{label}.png"] = png_writer(image)
+    if result.images is not None and layout is not None:
+        if out is not None:
+            contents[out] = png_writer(draw_sheet(result.images, layout))
+        if out_dir is not None:
+            for index, (label, image) in enumerate(zip(result.labels, result.images, strict=True)):
+                contents[out_dir / f"{index:05d}-{label}.png"] = png_writer(image)
     if tokens is not None:
-        contents[tokens] = array_writer({"tokens": result.tokens, "images": result.images, "labels": result.labels})
+        arrays = {"tokens": result.tokens, "labels": result.labels}
+        contents[tokens] = array_writer(arrays if result.images is None else {**arrays, "images": result.images})
     write_together(contents, folder=out_dir)
 
 

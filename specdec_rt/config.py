@@ -27,7 +27,7 @@ class DecodeOptions:
     draft: str | None = None
     """a draft's name in the bundle, or "self" """
     draft_length: int | None = None
-    """γ, tokens proposed per round"""
+    """γ, AR steps drafted per round: tokens in a causal family, sets of tokens in MAR's"""
     draft_steps: int | None = None
     """head evaluations per drafted token; None evaluates every step (a third of them for "self")"""
     tau: float = 1.0
@@ -40,7 +40,7 @@ class DecodeOptions:
     temperature: float = 1.0
     """factor on the standard deviations of the bundle's chain"""
     ar_steps: int | None = None
-    """autoregressive steps per image; a causal family makes one token per step"""
+    """autoregressive steps per image, 1 to its number of tokens; a causal family makes one token per step"""
 
     def __post_init__(self) -> None:
         for name, kind in (("mode", Mode), ("guidance_schedule", GuidanceSchedule)):

@@ -7,13 +7,14 @@ not its distributions (NEP 19): uniforms and normals are made here from the raw 
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 
 from specdec_rt.errors import UsageError
 from specdec_rt.types import FloatArray, IntArray
 
-__all__ = ["NoiseSource", "Purpose"]
+__all__ = ["Draws", "NoiseSource", "Purpose"]
 
 
 class Purpose(IntEnum):
@@ -29,6 +30,18 @@ class Purpose(IntEnum):
     """the target's noise on the transitions after a residual draw"""
     ORDER = 4
     """the order in which an image's tokens are predicted"""
+
+
+class Draws(Protocol):
+    """Where decoding takes its random numbers from."""
+
+    def normal(self, image: IntArray, token: IntArray, purpose: Purpose, steps: int, dim: int) -> FloatArray:
+        """`[R, steps, dim]` standard normal draws for the tokens keyed by `image [R]` and `token [R]`."""
+        ...
+
+    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int) -> FloatArray:
+        """`[R, count]` uniform draws, strictly inside (0, 1)."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

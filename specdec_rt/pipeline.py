@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from specdec_rt.bundle import Bundle, GraphName, ImageLayout, load_bundle
-from specdec_rt.bundle import Model as ModelRecord
+from specdec_rt.bundle import Bundle, load_bundle
 from specdec_rt.config import SELF_DRAFT, DecodeOptions, check_whole_number
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import Model
@@ -21,8 +20,21 @@ from specdec_rt.decode.stats import Counters, Stats
 from specdec_rt.engine import Backend, Engine
 from specdec_rt.errors import BundleError, UsageError
 from specdec_rt.families.causal import CausalBackbone
+from specdec_rt.families.mar import MarBackbone
+from specdec_rt.families.span import Backbone
+from specdec_rt.manifest import Graph, GraphName
+from specdec_rt.manifest import Model as ModelRecord
 from specdec_rt.noise import NoiseSource
-from specdec_rt.schedule import Chain, ChainSpec, compile_chain, evaluated_steps
+from specdec_rt.pixels import decode_pixels, lay_patches, to_bytes
+from specdec_rt.schedule import (
+    ArSchedule,
+    Chain,
+    ChainSpec,
+    compile_chain,
+    cosine_schedule,
+    evaluated_steps,
+    raster_schedule,
+)
 from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["BACKENDS", "Pipeline", "Result", "load"]
@@ -43,8 +55,8 @@ Progress = Callable[[int, int], None]
 class Result:
     """What a request made."""
 
-    images: Array
-    """uint8 `[N, H, W, C]`"""
+    images: Array | None
+    """uint8 `[N, H, W, C]`; None where the bundle makes tokens only"""
     tokens: FloatArray
     """float32 `[N, L, D]`"""
     labels: IntArray
@@ -126,10 +138,21 @@ class Pipeline:
                 Decoder(self.session(labels[i : i + size], options), noise, keys[i : i + size], counters, tell).run()
                 for i in range(0, len(labels), size)
             ]
+            tokens: FloatArray = np.concatenate(parts)
+            images = self.draw(tokens)
             seconds = time.perf_counter() - started
-        tokens: FloatArray = np.concatenate(parts)
         stats = Stats.of(counters, mode=first.plan.mode, backend=self.backend.name, images=len(labels), seconds=seconds)
-        return Result(to_pixels(tokens, self.bundle.manifest.image), tokens, labels, stats)
+        return Result(images, tokens, labels, stats)
+
+    def draw(self, tokens: FloatArray) -> Array | None:
+        """Tokens `[N, L, D]` as images uint8 `[N, H, W, C]`; None where the bundle makes tokens only."""
+        manifest = self.bundle.manifest
+        if manifest.image is None:
+            return None
+        if manifest.decoder is None:
+            return to_bytes(lay_patches(tokens, manifest.image, manifest.family))
+        with self._turn:
+            return to_bytes(decode_pixels(tokens, manifest.image, self._graph_engine(manifest.decoder.graph)))
 
     def session(self, labels: IntArray, options: DecodeOptions) -> Session:
         """The models that a batch of `labels [B]` needs, their caches empty. Raises as `generate` does."""
@@ -152,21 +175,23 @@ class Pipeline:
             names = ", ".join([*manifest.drafts, SELF_DRAFT])
             raise UsageError(f"draft is {draft!r}; bundle {manifest.name!r} has {names}")
         if self_draft and mode in ("paper", "draft"):
+            others = f", or one of the drafts {', '.join(manifest.drafts)}" if manifest.drafts else ""
             raise UsageError(
-                f"draft 'self' has no model of its own, so mode {mode!r} cannot use it; "
-                f"take mode 'exact', or one of the drafts {', '.join(manifest.drafts)}"
+                f"draft 'self' has no model of its own, so mode {mode!r} cannot use it; take mode 'exact'{others}"
             )
         if self_draft and options.draft_length not in (None, 1):
-            raise UsageError(f"draft_length is {options.draft_length}; draft 'self' proposes 1 token per round")
-        if options.ar_steps not in (None, manifest.tokens):
-            raise UsageError(
-                f"ar_steps is {options.ar_steps}; a causal family makes one token per step, so {manifest.tokens} here"
-            )
+            raise UsageError(f"draft_length is {options.draft_length}; draft 'self' proposes 1 AR step per round")
+        schedule = self._schedule(defaults.ar_steps if options.ar_steps is None else options.ar_steps)
         if mode == "exact":
             chain.require_density_ratio()
         steps = options.draft_steps
         if steps is not None and steps > chain.length:
             raise UsageError(f"draft_steps is {steps}; the chain has {chain.length} steps")
+        if steps is not None and chain.spec.variance == "learned":
+            raise UsageError(
+                f"draft_steps is {steps}, but the chain's variances are learned: a step left out has none; "
+                "leave out draft_steps, or export with a fixed-variance chain (--chain exact)"
+            )
         if self_draft and steps is None:
             steps = round(SELF_SHARE * chain.length)
         prefill = options.prefill
@@ -174,9 +199,10 @@ class Pipeline:
             prefill = PAPER_PREFILL if mode == "paper" else 0.0
         return Plan(
             mode=mode,
-            tokens=manifest.tokens,
-            prefill=int(np.ceil(prefill * manifest.tokens)),
-            draft_length=1 if self_draft else min(options.draft_length or defaults.draft_length, manifest.tokens),
+            schedule=schedule,
+            random_order=manifest.family == "mar",
+            prefill=int(np.searchsorted(schedule.known, prefill * manifest.tokens)),
+            draft_length=1 if self_draft else min(options.draft_length or defaults.draft_length, schedule.steps),
             evaluate=None if steps is None else evaluated_steps(chain.length, steps),
             draft=None if self_draft or mode == "target" else draft,
             tau=options.tau,
@@ -185,42 +211,57 @@ class Pipeline:
             emit_mean=chain.spec.emit == "mean",
         )
 
+    def _schedule(self, steps: int) -> ArSchedule:
+        manifest = self.bundle.manifest
+        if manifest.family == "causal":
+            if steps != manifest.tokens:
+                raise UsageError(
+                    f"ar_steps is {steps}; a causal family makes one token per step, so {manifest.tokens} here"
+                )
+            return raster_schedule(manifest.tokens)
+        if steps > manifest.tokens:
+            raise UsageError(f"ar_steps is {steps}; expected 1 to {manifest.tokens}, the tokens of an image")
+        return cosine_schedule(manifest.tokens, steps)
+
     def _chain(self, options: DecodeOptions) -> Chain:
         spec = self.bundle.manifest.chain
         return self._compiled(replace(spec, temperature=spec.temperature * options.temperature))
 
     def _model(self, name: str | None, spec: ChainSpec, labels: IntArray, plan: Plan) -> Model:
         """The target (None) or a draft, its backbone fresh for a batch."""
-        manifest = self.bundle.manifest
-        record = manifest.model(name)
-        backbone = CausalBackbone(
-            self._engine(record, GraphName.BACKBONE),
-            record.cache,
-            record.z_dim,
-            labels,
-            manifest.classes,
-            branches=1 if plan.guidance == 1 else 2,
-            slots=plan.slots,
+        record = self.bundle.manifest.model(name)
+        head = self._head(name if record.head == "own" else None, spec)
+        return Model(self._backbone(record, labels, plan), head)
+
+    def _backbone(self, record: ModelRecord, labels: IntArray, plan: Plan) -> Backbone:
+        engine, null_label = self.engine(record, GraphName.BACKBONE), self.bundle.manifest.classes
+        branches = 1 if plan.guidance == 1 else 2
+        if record.cache is None:
+            return MarBackbone(engine, record.z_dim, labels, null_label, branches=branches)
+        return CausalBackbone(
+            engine, record.cache, record.z_dim, labels, null_label, branches=branches, slots=plan.slots
         )
-        return Model(backbone, self._head(name if record.head == "own" else None, spec))
 
     def _make_head(self, name: str | None, spec: ChainSpec) -> Head:
         record, chain = self.bundle.manifest.model(name), self._compiled(spec)
         assert record.head_width is not None  # the bundle was checked: this model has a head
         table = np.empty((chain.length, record.head_width), np.float32)
-        embed = self._engine(record, GraphName.TIME_EMBEDDING)
+        embed = self.engine(record, GraphName.TIME_EMBEDDING)
         embed.bind({"timestep": chain.timestep}, {"time_table": table})()
         return Head(
-            self._engine(record, GraphName.DENOISE_STEP),
-            self._engine(record, GraphName.LOG_DENSITY),
+            self.engine(record, GraphName.DENOISE_STEP),
+            self.engine(record, GraphName.LOG_DENSITY),
             table,
             chain,
             self.bundle.manifest.token_dim,
             record.z_dim,
         )
 
-    def _engine(self, record: ModelRecord, name: GraphName) -> Engine:
-        graph = record.graphs[name]
+    def engine(self, record: ModelRecord, name: GraphName) -> Engine:
+        """The engine of a model's graph, made when it is first asked for. Raises BackendError or BundleError."""
+        return self._graph_engine(record.graphs[name])
+
+    def _graph_engine(self, graph: Graph) -> Engine:
         path = self.bundle.path(graph)
         if graph.file not in self._engines:
             self._engines[graph.file] = self.backend.load(path)
@@ -256,12 +297,3 @@ def make_options(**fields: object) -> DecodeOptions:
             f"unknown option {unknown[0]!r}; expected some of {', '.join(DecodeOptions.__dataclass_fields__)}"
         )
     return DecodeOptions(**fields)  # type: ignore[arg-type]  # values are checked by DecodeOptions itself
-
-
-def to_pixels(tokens: FloatArray, layout: ImageLayout) -> Array:
-    """Tokens `[N, L, D]` in [-1, 1] to images uint8 `[N, H, W, C]`; each token is a patch, row by row."""
-    patch = layout.patch
-    rows, columns = layout.height // patch, layout.width // patch
-    grid = tokens.reshape(-1, rows, columns, patch, patch, layout.channels)
-    pixels = grid.swapaxes(2, 3).reshape(-1, layout.height, layout.width, layout.channels)
-    return np.asarray(np.clip(np.rint((pixels + 1) * 127.5), 0, 255), np.uint8)

@@ -7,10 +7,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from specdec_rt.bundle import Binding, Bundle, Model
+from specdec_rt.bundle import Bundle
 from specdec_rt.config import Mode
 from specdec_rt.decode.stats import Stats
 from specdec_rt.errors import ChainError
+from specdec_rt.manifest import Binding, Manifest, Model
 from specdec_rt.schedule import Chain, compile_chain
 
 __all__ = ["bundle_record", "bundle_report", "stats_table"]
@@ -50,6 +51,7 @@ def bundle_record(bundle: Bundle) -> dict[str, object]:
         "size_bytes": sum(sizes.values()),
         "schema_version": manifest.schema_version,
         "family": manifest.family,
+        "precision": manifest.precision,
         "tokens": manifest.tokens,
         "token_dim": manifest.token_dim,
         "classes": manifest.classes,
@@ -58,6 +60,7 @@ def bundle_record(bundle: Bundle) -> dict[str, object]:
         "modes": {mode: {"works": refusal is None, "why_not": refusal} for mode, refusal in _modes(chain).items()},
         "defaults": plain["defaults"],
         "models": {owner: _model_record(model, sizes) for owner, model in owners.items()},
+        "decoder": plain["decoder"],
         "provenance": plain["provenance"],
     }
 
@@ -65,12 +68,13 @@ def bundle_record(bundle: Bundle) -> dict[str, object]:
 def bundle_report(bundle: Bundle) -> RenderableType:
     """What `inspect` shows, for a terminal."""
     manifest = bundle.manifest
-    layout, chain = manifest.image, compile_chain(manifest.chain)
+    chain = compile_chain(manifest.chain)
     rows = {
         "family": manifest.family,
+        "precision": f"weights in {manifest.precision}",
         "tokens": f"{manifest.tokens} of {manifest.token_dim} values",
         "classes": f"{manifest.classes} (0 to {manifest.classes - 1})",
-        "image": f"{layout.height} x {layout.width} x {layout.channels}, patches of {layout.patch}",
+        "image": _image(manifest),
         "chain": f"{chain.length} transitions\n{_lines(manifest.model_dump()['chain'])}",
         "defaults": _lines(manifest.defaults.model_dump()),
     }
@@ -82,6 +86,14 @@ def bundle_report(bundle: Bundle) -> RenderableType:
     provenance = {name: _lines(value) for name, value in manifest.provenance.items()}
     parts = [_pairs(f"{manifest.name} ({bundle.folder})", rows), *models, _pairs("provenance", provenance)]
     return Group(*(line for part in parts for line in (part, "")))
+
+
+def _image(manifest: Manifest) -> str:
+    layout = manifest.image
+    if layout is None:
+        return "none: it makes tokens only"
+    made = "" if manifest.decoder is None else f", by a decoder of {manifest.decoder.parameters:,} parameters"
+    return f"{layout.height} x {layout.width} x {layout.channels}, patches of {layout.patch}{made}"
 
 
 def _modes(chain: Chain) -> dict[Mode, str | None]:

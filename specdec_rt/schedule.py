@@ -1,4 +1,4 @@
-"""The head's denoising chain: which Gaussian transitions turn noise into a token.
+"""The head's denoising chain, and how an image's tokens are spread over autoregressive steps.
 
 A `ChainSpec` is data (it stands in a bundle's manifest); `compile_chain` turns it into the table of
 coefficients that engines and acceptance read. Conventions are those of IDDPM (arXiv 2102.09672) as
@@ -16,12 +16,15 @@ from specdec_rt.types import BoolArray, FloatArray, IntArray
 
 __all__ = [
     "TRAINING_STEPS",
+    "ArSchedule",
     "Chain",
     "ChainSpec",
     "compile_chain",
     "cosine_alpha_bar",
+    "cosine_schedule",
     "evaluated_steps",
     "guidance_weights",
+    "raster_schedule",
 ]
 
 TRAINING_STEPS = 1000
@@ -179,18 +182,47 @@ def compile_chain(spec: ChainSpec) -> Chain:
     )
 
 
-def guidance_weights(
-    position: IntArray, *, tokens: int, scale: float, schedule: Literal["linear", "constant"]
-) -> FloatArray:
-    """Weights `[G, R]` of the branches' predictions for the tokens at `position [R]`.
+@dataclass(frozen=True, slots=True)
+class ArSchedule:
+    """How the L tokens of an image are spread over S autoregressive steps; every step makes at least one."""
+
+    known: IntArray
+    """`[S + 1]` tokens known before each step, and in the end all"""
+    progress: FloatArray
+    """`[S]` how far a linear guidance schedule has grown at each step, from 0 to 1"""
+
+    @property
+    def steps(self) -> int:
+        """S."""
+        return len(self.progress)
+
+
+def raster_schedule(tokens: int) -> ArSchedule:
+    """One token per step."""
+    known = np.arange(tokens + 1, dtype=np.int64)
+    return ArSchedule(known, known[1:] / tokens)
+
+
+def cosine_schedule(tokens: int, steps: int) -> ArSchedule:
+    """MAR's: after step s of S ≤ L, ⌊L cos(π/2 · (s + 1)/S)⌋ tokens are unknown, if that leaves each step one."""
+    unknown = [tokens]
+    for step in range(1, steps):
+        wanted = math.floor(tokens * math.cos(math.pi / 2 * step / steps))
+        unknown.append(max(1, min(unknown[-1] - 1, wanted)))
+    known = tokens - np.array([*unknown, 0], np.int64)
+    # Guidance grows with the tokens known after a step; the reference counts one as unknown to the last.
+    return ArSchedule(known, np.minimum(known[1:], tokens - 1) / tokens)
+
+
+def guidance_weights(progress: FloatArray, *, scale: float, schedule: Literal["linear", "constant"]) -> FloatArray:
+    """Weights `[G, R]` of the branches' predictions for tokens whose steps have `progress [R]` (see `ArSchedule`).
 
     ε̂ = s ε̂(label) + (1 - s) ε̂(no label); G is 1 where `scale` is 1. The linear schedule grows from 1 to
-    `scale` with the share of tokens that are known once this one is (MAR's `cfg_schedule`).
+    `scale` with progress (MAR's `cfg_schedule`).
     """
     if scale == 1:
-        return np.ones((1, len(position)))
-    known = (position + 1) / tokens
-    weight = 1 + (scale - 1) * known if schedule == "linear" else np.full(len(position), float(scale))
+        return np.ones((1, len(progress)))
+    weight = 1 + (scale - 1) * progress if schedule == "linear" else np.full(len(progress), float(scale))
     return np.stack([weight, 1 - weight])
 
 

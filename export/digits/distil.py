@@ -1,59 +1,74 @@
 """A small trunk made to drive the target's head: least squares first, then the path KL."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.progress import Progress
 from torch import nn
 
 from export.digits.data import CLASSES, Digits
-from export.digits.training import FitOptions, fit, path_divergence_loss, prepare_tokens
+from export.digits.training import FitOptions, Task, backbone_of, fit, path_divergence_loss, prepare_tokens
 from export.models.causal import CausalBackbone, CausalModel
+from export.models.mar import Mar, MarBackbone
 from specdec_rt.schedule import Chain
 
 __all__ = ["distil_adapter"]
 
 LEAST_SQUARES_IMAGES = 2000
+LEAST_SQUARES_BATCH = 100
+"""Images that share one number of predicted tokens, where a family draws it."""
+DRAWS = 2
 MOST_GUIDANCE = 2.0
 """The draft learns to follow the target at guidance scales from 1 up to this."""
 
+DraftBackbone = TypeVar("DraftBackbone", CausalBackbone, MarBackbone)
+
 
 def distil_adapter(
-    target: CausalModel,
-    small: CausalModel,
+    draft: DraftBackbone,
+    small: CausalModel | Mar,
+    target: CausalModel | Mar,
+    task: Task,
     chain: Chain,
     data: Digits,
     options: FitOptions,
     checkpoint: Path,
     progress: Progress,
-) -> CausalBackbone:
-    """A draft of kind `head = "target"`: `small`'s trunk and a linear adapter to the target's z.
+) -> DraftBackbone:
+    """Fit a draft of kind `head = "target"`: `small`'s trunk and a linear adapter to the target's z.
 
     The adapter starts as the least-squares map between the two models' features (most of the way); trunk
     and adapter are then fitted through the frozen target head on the path KL of `chain`.
     """
-    draft = CausalBackbone(small.backbone.size, adapter_dim=target.backbone.z_dim)
-    draft.load_state_dict(small.backbone.state_dict(), strict=False)
+    found = draft.load_state_dict(backbone_of(small).state_dict(), strict=False)
+    assert all(name.startswith("adapter.") for name in found.missing_keys)
     torch.manual_seed(options.seed)
-    _solve_adapter(draft, target, data, context_std=chain.spec.final_std)
+    _solve_adapter(draft, target, task, data, context_std=chain.spec.final_std)
     loss = path_divergence_loss(
-        draft, target, chain, context_std=chain.spec.final_std, draws=2, most_guidance=MOST_GUIDANCE
+        draft, target, task, chain, context_std=chain.spec.final_std, draws=DRAWS, most_guidance=MOST_GUIDANCE
     )
     fit(draft, loss, data, options, checkpoint, progress)
     return draft
 
 
 @torch.no_grad()
-def _solve_adapter(draft: CausalBackbone, target: CausalModel, data: Digits, *, context_std: float) -> None:
+def _solve_adapter(
+    draft: CausalBackbone | MarBackbone, target: CausalModel | Mar, task: Task, data: Digits, *, context_std: float
+) -> None:
     chosen = torch.randperm(len(data.train_images))[:LEAST_SQUARES_IMAGES]
-    tokens = prepare_tokens(data.train_images[chosen])
-    context = tokens + context_std * torch.randn_like(tokens)
-    label = data.train_labels[chosen].clone()
-    label[::10] = CLASSES  # the dropped label is adapted too
-    features = draft.trunk(context, label).flatten(0, 1)
-    wanted = target.backbone(context, label).flatten(0, 1)
-    with_one = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
-    solution = torch.linalg.lstsq(with_one, wanted.double()).solution.float()
+    features, wanted = [], []
+    for batch in chosen.split(LEAST_SQUARES_BATCH):
+        tokens = prepare_tokens(data.train_images[batch])
+        places = task.places(len(tokens))
+        context = tokens + context_std * torch.randn_like(tokens)
+        label = data.train_labels[batch].clone()
+        label[::10] = CLASSES  # the dropped label is adapted too
+        features.append(task.condition(draft.trunk, context, label, places).flatten(0, 1))
+        wanted.append(task.condition(backbone_of(target), context, label, places).flatten(0, 1))
+    rows = torch.cat(features)
+    with_one = torch.cat([rows, torch.ones(len(rows), 1)], dim=1).double()
+    solution = torch.linalg.lstsq(with_one, torch.cat(wanted).double()).solution.float()
     assert isinstance(draft.adapter, nn.Linear)
     draft.adapter.weight.copy_(solution[:-1].T)
     draft.adapter.bias.copy_(solution[-1])

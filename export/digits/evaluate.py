@@ -1,72 +1,144 @@
 """Figures of a finished bundle, measured on its own engines through the runtime."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from export.digits.classifier import DigitClassifier
 from export.digits.data import CLASSES, Digits
 from specdec_rt import Result, load
+from specdec_rt.types import Array, IntArray
 
 __all__ = ["evaluate_bundle"]
 
 TARGET_IMAGES_PER_CLASS = 100
 SPECULATED_IMAGES_PER_CLASS = 20
+COMPARED_IMAGES_PER_CLASS = 50
+TAUS = (1, 4, 16, 42)
+FEWER_STEPS = (0.75, 0.5, 0.33, 0.25, 0.16)
+"""Shares of a MAR bundle's tokens that its target is tried with as AR steps."""
+
+Generate = Callable[..., Result]
 
 
-@torch.no_grad()
-def accuracy(classifier: DigitClassifier, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of uint8 `images [N, 28, 28]` that the classifier names as `labels [N]`."""
-    logits, _ = classifier(images.float() / 255)
-    return (logits.argmax(-1) == labels).float().mean().item()
+@dataclass(frozen=True)
+class Judge:
+    """What the classifier of real digits says of images `[N, 28, 28, 1]` uint8 and their labels."""
+
+    classifier: DigitClassifier
+
+    @torch.no_grad()
+    def _of(self, images: Array) -> tuple[Tensor, Tensor]:
+        logits, features = self.classifier(torch.from_numpy(images[..., 0]).float() / 255)
+        return logits, features.double()
+
+    def accuracy(self, images: Array, labels: IntArray) -> float:
+        """Share of the images that it names as their labels."""
+        return float((self._of(images)[0].argmax(-1).numpy() == labels).mean())
+
+    def distance(self, first: Array, second: Array, labels_first: IntArray, labels_second: IntArray) -> float:
+        """Energy distance of the features within a class, averaged over classes; about 0 for one distribution."""
+        a, b = self._of(first)[1], self._of(second)[1]
+        classes = np.unique(labels_first)
+        return float(np.mean([_energy_distance(a[labels_first == c], b[labels_second == c]) for c in classes]))
 
 
-def spread(images: torch.Tensor, labels: torch.Tensor) -> float:
+def _energy_distance(first: Tensor, second: Tensor) -> float:
+    """Of samples `[N, F]` and `[M, F]`; unbiased, so noise may make it negative."""
+    between = torch.cdist(first, second).mean()
+    return float(2 * between - torch.pdist(first).mean() - torch.pdist(second).mean())
+
+
+def spread(images: Tensor, labels: Tensor) -> float:
     """Mean distance between two images of one class, in grey levels per pixel (root mean square)."""
     distances = []
     for label in range(CLASSES):
         members = images[labels == label].flatten(1).float()
-        pairs = torch.pdist(members) / members.shape[1] ** 0.5
-        distances.append(pairs.mean().item())
+        distances.append((torch.pdist(members) / members.shape[1] ** 0.5).mean().item())
     return float(np.mean(distances))
 
 
 def evaluate_bundle(folder: Path, classifier: DigitClassifier, data: Digits, progress: Progress) -> dict[str, Any]:
-    """Classifier accuracy and spread in `target` mode, acceptance and calls in the other modes."""
-    pipeline = load(folder)
-    tokens = pipeline.bundle.manifest.tokens
+    """Classifier accuracy and spread in `target` mode, acceptance and calls in the other modes.
 
-    def generate(name: str, per_class: int, **options: Any) -> Result:
+    Of a MAR bundle also what `paper` mode's τ does, and what taking fewer AR steps does.
+    """
+    pipeline = load(folder)
+    manifest, judge = pipeline.bundle.manifest, Judge(classifier)
+
+    def generate(name: str, per_class: int, *, seed: int = 0, **options: Any) -> Result:
         task = progress.add_task(name)
         labels = np.repeat(np.arange(CLASSES), per_class)
         return pipeline.generate(
             labels,
-            seed=0,
+            seed=seed,
             batch_size=50,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
             **options,
         )
 
     drawn = generate("target mode", TARGET_IMAGES_PER_CLASS, mode="target")
-    images, labels = torch.from_numpy(drawn.images[..., 0]), torch.from_numpy(drawn.labels)
+    assert drawn.images is not None
     figures: dict[str, Any] = {
         "classifier_accuracy": {
-            "real_test_images": accuracy(classifier, data.test_images, data.test_labels),
-            f"target_mode_{len(images)}_images": accuracy(classifier, images, labels),
+            "real_test_images": judge.accuracy(data.test_images[..., None].numpy(), data.test_labels.numpy()),
+            f"target_mode_{len(drawn.labels)}_images": judge.accuracy(drawn.images, drawn.labels),
         },
         "spread_within_class": {
             "real_test_images": spread(data.test_images, data.test_labels),
-            "target_mode": spread(images, labels),
+            "target_mode": spread(torch.from_numpy(drawn.images[..., 0]), torch.from_numpy(drawn.labels)),
         },
         "speculation": {},
     }
-    for draft in (*pipeline.bundle.manifest.drafts, "self"):
+    for draft in (*manifest.drafts, "self"):
         result = generate(f"exact, draft {draft}", SPECULATED_IMAGES_PER_CLASS, mode="exact", draft=draft)
-        figures["speculation"][draft] = _speculation(result, tokens)
+        figures["speculation"][draft] = _speculation(result, manifest.tokens)
+    if manifest.family == "mar":
+        again = generate("target mode again", COMPARED_IMAGES_PER_CLASS, seed=1, mode="target")
+        figures["target_mode_again"] = _compared(judge, again, drawn, manifest.tokens)
+        figures["paper"] = _paper(generate, judge, drawn, manifest.tokens)
+        figures["fewer_steps"] = _fewer_steps(generate, judge, drawn, manifest.tokens)
     return figures
+
+
+def _paper(generate: Generate, judge: Judge, drawn: Result, tokens: int) -> dict[str, Any]:
+    """What mode `paper` accepts at each τ, and how far its images are from the target's."""
+    figures: dict[str, Any] = {}
+    for tau in TAUS:
+        result = generate(f"paper, tau {tau}", COMPARED_IMAGES_PER_CLASS, seed=2, mode="paper", tau=tau)
+        figures[f"tau_{tau}"] = _compared(judge, result, drawn, tokens)
+    for mode in ("exact", "draft"):
+        result = generate(f"{mode} mode", COMPARED_IMAGES_PER_CLASS, seed=3, mode=mode)
+        figures[mode] = _compared(judge, result, drawn, tokens)
+    return figures
+
+
+def _fewer_steps(generate: Generate, judge: Judge, drawn: Result, tokens: int) -> dict[str, Any]:
+    """What the target alone draws in fewer AR steps, each of which makes a set of tokens at once."""
+    figures: dict[str, Any] = {}
+    for steps in (tokens, *(round(share * tokens) for share in FEWER_STEPS)):
+        for mode in ("target", "exact"):
+            name = f"{mode}_{steps}_steps"
+            result = generate(name, COMPARED_IMAGES_PER_CLASS, seed=4, mode=mode, ar_steps=steps)
+            figures[name] = _compared(judge, result, drawn, tokens)
+    return figures
+
+
+def _compared(judge: Judge, result: Result, drawn: Result, tokens: int) -> dict[str, float | None]:
+    assert result.images is not None
+    assert drawn.images is not None
+    return {
+        **_speculation(result, tokens),
+        "classifier_accuracy": judge.accuracy(result.images, result.labels),
+        "distance_to_target_mode": judge.distance(result.images, drawn.images, result.labels, drawn.labels),
+        "images_per_second": result.stats.images_per_second,
+    }
 
 
 def _speculation(result: Result, tokens: int) -> dict[str, float | None]:

@@ -1,9 +1,10 @@
-"""One resumable, seeded training loop, and the losses of the pair's models."""
+"""One resumable, seeded training loop, and the losses of the pairs' models."""
 
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from rich.progress import Progress
@@ -13,11 +14,25 @@ from torch.nn import functional as F
 from export.digits.data import CLASSES, TOKENS, Digits, patchify
 from export.models.causal import CausalModel
 from export.models.head import DiffusionHead
+from export.models.mar import Mar
 from specdec_rt.schedule import TRAINING_STEPS, Chain, cosine_alpha_bar
 
-__all__ = ["FitOptions", "denoising_loss", "fit", "path_divergence_loss", "prepare_tokens"]
+__all__ = [
+    "FitOptions",
+    "Masked",
+    "NextToken",
+    "Places",
+    "Task",
+    "backbone_of",
+    "denoising_loss",
+    "fit",
+    "path_divergence_loss",
+    "prepare_tokens",
+]
 
 LABEL_DROP = 0.1
+HELD_OUT_BATCHES = 10
+"""Batches of test images, each with places of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +51,68 @@ class FitOptions:
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`(images uint8 [B, 28, 28], label [B])` to a scalar; draws its own noise from torch's global generator."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which tokens of each image a batch predicts, and from which."""
+
+    predicted: Tensor
+    """`[B, Q]` indices"""
+    visible: Tensor
+    """`[B, K]` indices of what all of them see, besides what the model's own order shows to each"""
+
+    def pick(self, tokens: Tensor) -> Tensor:
+        """`tokens [B, L, D]` to the predicted ones, `[B, Q, D]`."""
+        return tokens.gather(1, self.predicted[..., None].expand(-1, -1, tokens.shape[2]))
+
+    def twice(self) -> "Places":
+        """For the batch followed by itself."""
+        return Places(self.predicted.repeat(2, 1), self.visible.repeat(2, 1))
+
+
+class Task(Protocol):
+    """How a family is trained: what it predicts from what."""
+
+    def places(self, batch: int) -> Places:
+        """For `batch` images; drawn from torch's global generator where there is a choice."""
+
+    def condition(self, backbone: Callable[..., Tensor], context: Tensor, label: Tensor, places: Places) -> Tensor:
+        """`context [B, L, D]` and `label [B]` to `backbone`'s (or its trunk's) `[B, Q, Z]` at the predicted places."""
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Causal models: every token is predicted from those before it."""
+
+    def places(self, batch: int) -> Places:
+        return Places(torch.arange(TOKENS).expand(batch, -1), torch.empty(batch, 0, dtype=torch.long))
+
+    def condition(self, backbone: Callable[..., Tensor], context: Tensor, label: Tensor, places: Places) -> Tensor:  # noqa: ARG002
+        return backbone(context, label)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """MAR: the end of a random order is visible, the rest is predicted, each token by itself.
+
+    How many are predicted is one number a batch, spread as the steps of generation meet it
+    (MaskGIT's cosine schedule).
+    """
+
+    def places(self, batch: int) -> Places:
+        count = math.ceil(TOKENS * math.cos(math.pi / 2 * torch.rand(()).item()))  # 1 … L: the draw is below 1
+        order = torch.rand(batch, TOKENS).argsort(dim=1)
+        return Places(order[:, :count], order[:, count:])
+
+    def condition(self, backbone: Callable[..., Tensor], context: Tensor, label: Tensor, places: Places) -> Tensor:
+        visible = places.visible
+        return backbone(context, visible, torch.ones_like(visible, dtype=torch.bool), label, places.predicted)
+
+
+def backbone_of(model: CausalModel | Mar) -> nn.Module:
+    """What gives `model`'s z: a MAR is its own backbone."""
+    return model.backbone if isinstance(model, CausalModel) else model
 
 
 def shifted(images: Tensor) -> Tensor:
@@ -63,27 +140,35 @@ def noised(tokens: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def predict(head: DiffusionHead, state: Tensor, timestep: Tensor, z: Tensor) -> Tensor:
-    """`state [B, L, K, D]`, `timestep [B, L, K]`, `z [B, L, Z]` to ε̂ `[B, L, K, D]`."""
+    """`state [B, Q, K, D]`, `timestep [B, Q, K]`, `z [B, Q, Z]` to ε̂ `[B, Q, K, D]`."""
     time_rows = head.time_embed(torch.arange(TRAINING_STEPS))
     return head(state, time_rows[timestep] + head.cond_embed(z)[..., None, :])
 
 
-def denoising_loss(model: CausalModel, *, context_std: float, draws: int) -> Loss:
+def denoising_loss(model: CausalModel | Mar, task: Task, *, context_std: float, draws: int) -> Loss:
     """Mean squared error of ε̂ at `draws` random steps of each token, the context noised as the chain does."""
 
     def loss(images: Tensor, label: Tensor) -> Tensor:
         tokens = prepare_tokens(images)
+        places = task.places(len(tokens))
         context = tokens + context_std * torch.randn_like(tokens)
-        z = model.backbone(context, drop_labels(label))
-        timestep = torch.randint(TRAINING_STEPS, (len(tokens), TOKENS, draws))
-        state, noise = noised(tokens, timestep)
+        z = task.condition(backbone_of(model), context, drop_labels(label), places)
+        timestep = torch.randint(TRAINING_STEPS, (*places.predicted.shape, draws))
+        state, noise = noised(places.pick(tokens), timestep)
         return F.mse_loss(predict(model.head, state, timestep, z), noise)
 
     return loss
 
 
 def path_divergence_loss(
-    draft: nn.Module, target: CausalModel, chain: Chain, *, context_std: float, draws: int, most_guidance: float
+    draft: nn.Module,
+    target: CausalModel | Mar,
+    task: Task,
+    chain: Chain,
+    *,
+    context_std: float,
+    draws: int,
+    most_guidance: float,
 ) -> Loss:
     """KL divergence of the chain's path under the draft from the target's, through the frozen target head.
 
@@ -99,21 +184,22 @@ def path_divergence_loss(
 
     def loss(images: Tensor, label: Tensor) -> Tensor:
         tokens = prepare_tokens(images)
+        places = task.places(len(tokens))
         context = (tokens + context_std * torch.randn_like(tokens)).repeat(2, 1, 1)
         branches = torch.cat([label, torch.full_like(label, CLASSES)])
         scale = 1 + (most_guidance - 1) * torch.rand(len(label), 1, 1, 1)
-        row = torch.multinomial(probability, len(tokens) * TOKENS * draws, replacement=True)
-        row = row.view(len(tokens), TOKENS, draws)
-        state, _ = noised(tokens, steps[row])
+        row = torch.multinomial(probability, places.predicted.numel() * draws, replacement=True)
+        row = row.view(*places.predicted.shape, draws)
+        state, _ = noised(places.pick(tokens), steps[row])
 
         def guided(backbone: nn.Module) -> Tensor:
-            z = backbone(context, branches)
+            z = task.condition(backbone, context, branches, places.twice())
             both = predict(target.head, state.repeat(2, 1, 1, 1), steps[row].repeat(2, 1, 1), z)
             conditional, unconditional = both.chunk(2)
             return scale * conditional + (1 - scale) * unconditional
 
         with torch.no_grad():
-            wanted = guided(target.backbone)
+            wanted = guided(backbone_of(target))
         return (importance[row] * (guided(draft) - wanted).square().sum(-1)).mean()
 
     return loss
@@ -122,9 +208,11 @@ def path_divergence_loss(
 @torch.no_grad()
 def held_out(loss: Loss, data: Digits) -> float:
     """The loss on the test images, on the same draws every time."""
+    batches = [slice(first, None, HELD_OUT_BATCHES) for first in range(HELD_OUT_BATCHES)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return loss(data.test_images, data.test_labels).item()
+        values = [loss(data.test_images[batch], data.test_labels[batch]).item() for batch in batches]
+    return sum(values) / len(values)
 
 
 def fit(

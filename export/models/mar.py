@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from export.models.causal import Attention
 from export.models.head import DiffusionHead
 
-__all__ = ["PRESETS", "Mar", "MarSize", "visible_set"]
+__all__ = ["PRESETS", "Mar", "MarBackbone", "MarSize", "visible_set"]
 
 _LAYER_NORM_EPS = 1e-6
 
@@ -40,7 +40,7 @@ class MarSize:
     encoder_depth: int
     encoder_heads: int
     decoder_width: int
-    """Z"""
+    """Z, but for an adapter"""
     decoder_depth: int
     decoder_heads: int
     head_width: int
@@ -115,15 +115,16 @@ class Block(nn.Module):
         return self.attn.merge(scores.softmax(dim=-1) @ value)
 
 
-class Mar(nn.Module):
+class MarBackbone(nn.Module):
     """`(tokens [B, L, D], visible [B, K], visible_mask [B, K], label [B]) -> z [B, L, Z]`.
 
     `visible` indexes the known tokens, of which only those under a true `visible_mask` count (see
     `visible_set`); other tokens' values are never read. With `query [B, Q]` z is `[B, Q, Z]`, at those
-    positions alone. z means something at unknown positions only.
+    positions alone. z means something at unknown positions only. With `adapter_dim` a linear layer maps
+    the decoder's width to another model's Z (a draft that drives the target's head).
     """
 
-    def __init__(self, size: MarSize) -> None:
+    def __init__(self, size: MarSize, *, adapter_dim: int | None = None) -> None:
         super().__init__()
         self.size = size
         places = size.buffer + size.tokens
@@ -144,15 +145,9 @@ class Mar(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(size.decoder_width, eps=_LAYER_NORM_EPS)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, size.tokens, size.decoder_width))
+        self.adapter = nn.Linear(size.decoder_width, adapter_dim) if adapter_dim is not None else nn.Identity()
+        self.z_dim = size.decoder_width if adapter_dim is None else adapter_dim
         self._initialise()
-        head = DiffusionHead(
-            size.token_dim,
-            size.decoder_width,
-            size.head_width,
-            size.head_depth,
-            learned_variance=size.learned_variance,
-        )
-        self.diffloss = nn.ModuleDict({"net": head})
 
     def _initialise(self) -> None:
         for name, parameter in self.named_parameters():
@@ -163,18 +158,17 @@ class Mar(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    @property
-    def head(self) -> DiffusionHead:
-        """The head, typed."""
-        head = self.diffloss["net"]
-        assert isinstance(head, DiffusionHead)
-        return head
+    def trunk(
+        self, tokens: Tensor, visible: Tensor, visible_mask: Tensor, label: Tensor, query: Tensor | None = None
+    ) -> Tensor:
+        """`[B, L, W]`, or `[B, Q, W]` with a query: the features before the adapter."""
+        encoded = self._encode(tokens, visible, visible_mask, label)
+        return self._decode(encoded, visible, visible_mask, query)
 
     def forward(
         self, tokens: Tensor, visible: Tensor, visible_mask: Tensor, label: Tensor, query: Tensor | None = None
     ) -> Tensor:
-        encoded = self._encode(tokens, visible, visible_mask, label)
-        return self._decode(encoded, visible, visible_mask, query)
+        return self.adapter(self.trunk(tokens, visible, visible_mask, label, query))
 
     def _embed(self, label: Tensor) -> Tensor:
         """`[B]` to `[B, W]`."""
@@ -207,6 +201,24 @@ class Mar(nn.Module):
         if query is None:
             return self.decoder_norm(hidden) + self.diffusion_pos_embed_learned
         return self.decoder_norm(_take(hidden, query)) + F.embedding(query, self.diffusion_pos_embed_learned[0])
+
+
+class Mar(MarBackbone):
+    """A backbone and the head that it drives."""
+
+    def __init__(self, size: MarSize) -> None:
+        super().__init__(size)
+        head = DiffusionHead(
+            size.token_dim, self.z_dim, size.head_width, size.head_depth, learned_variance=size.learned_variance
+        )
+        self.diffloss = nn.ModuleDict({"net": head})
+
+    @property
+    def head(self) -> DiffusionHead:
+        """The head, typed."""
+        head = self.diffloss["net"]
+        assert isinstance(head, DiffusionHead)
+        return head
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

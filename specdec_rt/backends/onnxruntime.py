@@ -13,7 +13,11 @@ from specdec_rt.types import Array
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine"]
 
-_DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(int64)": np.dtype(np.int64)}
+_DTYPES = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(bool)": np.dtype(np.bool_),
+}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ class Trajectory:
     """`[R, n + 1, D]` visited states, noisiest first; the last is the token"""
     mean: FloatArray
     """`[R, n, D]` what each state after the first was drawn around"""
+    std: FloatArray | None = None
+    """`[R, n, D]` standard deviations of those draws, where the chain learns them"""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class _StepBuffers:
     """`[n + 1, R, D]`"""
     noise: Array
     mean: Array
+    std: Array | None
     calls: list[BoundCall]
 
 
@@ -65,6 +68,7 @@ class Head:
         self.z_dim = z_dim
         self._denoise_step = denoise_step
         self._log_density = log_density
+        self._learned = chain.spec.variance == "learned"
         self._tables = {"time_table": time_table, "coefficients": chain.coefficients.astype(np.float32)}
         # A batch shrinks as its images finish: many shapes come by, the last used come again.
         self._steps = lru_cache(maxsize=KEPT_SHAPES)(self._bind_steps)
@@ -110,7 +114,8 @@ class Head:
         if ends.any():
             buffers.path[n, ends] = start[ends]
         _require_finite(buffers.path[n], "denoise_step")
-        return Trajectory(buffers.path.swapaxes(0, 1).copy(), buffers.mean.swapaxes(0, 1).copy())
+        std = None if buffers.std is None else buffers.std.swapaxes(0, 1).copy()
+        return Trajectory(buffers.path.swapaxes(0, 1).copy(), buffers.mean.swapaxes(0, 1).copy(), std)
 
     def means(self, path: FloatArray, z: FloatArray, guidance: FloatArray) -> FloatArray:
         """`[R, n, D]`: the mean of every transition out of the states of `path [R, n + 1, D]`, in one call."""
@@ -139,6 +144,7 @@ class Head:
         z, guidance = self._conditions(branches, rows)
         path = np.zeros((n + 1, rows, dim), np.float32)
         noise, mean = np.zeros((n, rows, dim), np.float32), np.zeros((n, rows, dim), np.float32)
+        std = np.zeros((n, rows, dim), np.float32) if self._learned else None
         calls = [
             self._denoise_step.bind(
                 {
@@ -149,17 +155,19 @@ class Head:
                     "step": np.full(rows, step, np.int64),
                     "noise": noise[step],
                 },
-                {"next_state": path[step + 1], "mean": mean[step]},
+                {"next_state": path[step + 1], "mean": mean[step], **({} if std is None else {"std": std[step]})},
             )
             for step in range(n)
         ]
-        return _StepBuffers(z, guidance, path, noise, mean, calls)
+        return _StepBuffers(z, guidance, path, noise, mean, std, calls)
 
     def _bind_density(self, branches: int, rows: int) -> _DensityBuffers:
         n, dim = self.chain.length, self.token_dim
         z, guidance = self._conditions(branches, rows)
         path, mean = np.zeros((rows, n + 1, dim), np.float32), np.zeros((rows, n, dim), np.float32)
-        call = self._log_density.bind({"path": path, "z": z, "guidance": guidance, **self._tables}, {"mean": mean})
+        std = {"std": np.zeros_like(mean)} if self._learned else {}
+        inputs = {"path": path, "z": z, "guidance": guidance, **self._tables}
+        call = self._log_density.bind(inputs, {"mean": mean, **std})
         return _DensityBuffers(z, guidance, path, mean, call)
 
     def _conditions(self, branches: int, rows: int) -> tuple[Array, Array]:

@@ -5,21 +5,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specdec_rt.decode.chain import Head
-from specdec_rt.families.causal import CausalBackbone
+from specdec_rt.decode.chain import Head, Trajectory
+from specdec_rt.families.span import Backbone, Span
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
 __all__ = ["ChainNoise", "GuidanceOf", "Model", "Proposal", "propose"]
 
 GuidanceOf = Callable[[IntArray], FloatArray]
-"""`position [R]` to guidance weights `[G, R]`."""
+"""`AR step [R]` to guidance weights `[G, R]`."""
 
 
 @dataclass(frozen=True)
 class Model:
     """A backbone with its state for the batch, and the head that it drives."""
 
-    backbone: CausalBackbone
+    backbone: Backbone
     head: Head
 
 
@@ -40,44 +40,43 @@ class ChainNoise:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A round's drafts for R = A γ rows: image by image, each image's γ tokens in order."""
+    """A round's drafts, for the R rows of a span."""
 
     noise: ChainNoise
-    path: FloatArray
-    """`[R, n + 1, D]`"""
-    mean: FloatArray
-    """`[R, n, D]` the draft's transition means: what the states were drawn around"""
+    drawn: Trajectory
+    """under the draft's transitions"""
 
     @property
     def token(self) -> FloatArray:
         """`[R, D]` the drafted tokens."""
-        return self.path[:, -1]
+        return self.drawn.path[:, -1]
 
 
 def propose(
     draft: Model,
-    previous: FloatArray,
-    position: IntArray,
-    length: int,
+    tokens: FloatArray,
+    span: Span,
     noise: ChainNoise,
     guidance_of: GuidanceOf,
     evaluate: BoolArray | None,
 ) -> Proposal:
-    """Draft `length` tokens for each of A images, each token in the context of those before it.
+    """Draft the span's rows, each set of tokens in the context of those before it.
 
-    `previous [A, D]` is the last committed token, `position [A]` the place after it, `noise` of the
-    A γ rows. The head is called at the steps that `evaluate [n]` names (None: at all).
+    `tokens [A, L, D]` holds what is committed; drafts are written to their places in it. `noise` is of the
+    R rows. The head is called at the steps that `evaluate [n]` names (None: at all).
     """
-    images, dim = previous.shape
-    n = draft.head.chain.length
-    path = np.empty((images, length, n + 1, dim), np.float32)
-    mean = np.empty((images, length, n, dim), np.float32)
-    start = noise.start.reshape(images, length, dim)
-    steps = noise.steps.reshape(images, length, n, dim)
-    token = previous
-    for i in range(length):
-        z = draft.backbone.condition(token[:, None], position + i)[:, :, 0]
-        drawn = draft.head.sample(z, guidance_of(position + i), start[:, i], steps[:, i], evaluate=evaluate)
-        path[:, i], mean[:, i] = drawn.path, drawn.mean
-        token = drawn.path[:, -1]
-    return Proposal(noise, path.reshape(-1, n + 1, dim), mean.reshape(-1, n, dim))
+    n, rows, dim = draft.head.chain.length, len(span.owner), tokens.shape[2]
+    path, mean = np.empty((rows, n + 1, dim), np.float32), np.empty((rows, n, dim), np.float32)
+    std = np.empty_like(mean) if draft.head.chain.spec.variance == "learned" else None
+    for offset in range(span.length):
+        here = span.offset == offset
+        if not here.any():
+            break
+        z = draft.backbone.condition(tokens, span.at(offset))
+        guidance = guidance_of(span.ar_step[here])
+        drawn = draft.head.sample(z, guidance, noise.start[here], noise.steps[here], evaluate=evaluate)
+        path[here], mean[here] = drawn.path, drawn.mean
+        if std is not None:
+            std[here] = drawn.std
+        tokens[span.owner[here], span.place[here]] = drawn.path[:, -1]
+    return Proposal(noise, Trajectory(path, mean, std))

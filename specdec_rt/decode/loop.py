@@ -17,8 +17,9 @@ from specdec_rt.decode.verify import (
     judge_exact,
     judge_paper,
 )
-from specdec_rt.noise import NoiseSource, Purpose
-from specdec_rt.schedule import guidance_weights
+from specdec_rt.families.span import Span
+from specdec_rt.noise import Draws, Purpose
+from specdec_rt.schedule import ArSchedule, guidance_weights
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
 __all__ = ["Decoder", "Plan", "Session"]
@@ -32,11 +33,13 @@ class Plan:
     """A request's options, resolved against its bundle."""
 
     mode: Mode
-    tokens: int
-    """L"""
+    schedule: ArSchedule
+    random_order: bool
+    """whether every image takes its places in an order of its own; else from first to last"""
     prefill: int
-    """tokens that the target makes alone"""
+    """AR steps that the target makes alone"""
     draft_length: int
+    """AR steps drafted per round"""
     evaluate: BoolArray | None
     """`[n]` the steps at which the draft calls its head; None: all"""
     draft: str | None
@@ -47,13 +50,19 @@ class Plan:
     emit_mean: bool
 
     @property
+    def tokens(self) -> int:
+        """L."""
+        return int(self.schedule.known[-1])
+
+    @property
     def slots(self) -> int:
-        """Cache places that a backbone needs: a last round may draft past the end."""
+        """Cache places that a causal backbone needs: a last round may feed it past the end."""
         return self.tokens + self.draft_length - 1
 
-    def guidance_at(self, position: IntArray) -> FloatArray:
-        """Weights `[G, R]` of the guidance branches for the tokens at `position [R]`."""
-        return guidance_weights(position, tokens=self.tokens, scale=self.guidance, schedule=self.guidance_schedule)
+    def guidance_at(self, ar_step: IntArray) -> FloatArray:
+        """Weights `[G, R]` of the guidance branches for tokens made at `ar_step [R]`."""
+        progress = self.schedule.progress[ar_step]
+        return guidance_weights(progress, scale=self.guidance, schedule=self.guidance_schedule)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class Decoder:
     def __init__(
         self,
         session: Session,
-        noise: NoiseSource,
+        noise: Draws,
         images: IntArray,
         counters: Counters,
         committed: Callable[[int], None],
@@ -90,22 +99,25 @@ class Decoder:
         lead = session.target or session.draft
         assert lead is not None
         self._head = lead.head
+        self._order = self._draw_order()
         self._fed = np.zeros((len(images), plan.tokens, lead.head.token_dim), np.float32)
         self._shown = np.zeros_like(self._fed)
-        self._position = np.zeros(len(images), np.int64)
+        self._step = np.zeros(len(images), np.int64)
         self._active = np.arange(len(images))
 
     def run(self) -> FloatArray:
         """Decode all tokens; returns those to show, `[B, L, D]` float32."""
+        steps = self._plan.schedule.steps
         if self._plan.mode == "draft":
             assert self._draft is not None
-            self._alone(self._draft, self._plan.tokens)
+            self._alone(self._draft, steps)
         else:
             assert self._target is not None
-            self._alone(self._target, self._plan.tokens if self._plan.mode == "target" else self._plan.prefill)
+            self._alone(self._target, steps if self._plan.mode == "target" else self._plan.prefill)
             self._retire()
-            if self._draft is not None and self._plan.prefill and len(self._active):
-                self._catch_up(self._draft)
+            if self._draft is not None and len(self._active):
+                calls = self._draft.backbone.catch_up(self._fed[self._active], self._step[self._active])
+                self._counters.draft_backbone_calls += calls * len(self._active)
             while len(self._active):
                 self._round(self._target)
                 self._retire()
@@ -113,92 +125,87 @@ class Decoder:
 
     # --- one model alone ---------------------------------------------------------------------------
 
-    def _alone(self, model: Model, count: int) -> None:
-        """Make `count` tokens of every image without speculation."""
-        plan = self._plan
-        batch, n = len(self._images), model.head.chain.length
+    def _alone(self, model: Model, steps: int) -> None:
+        """Make the tokens of so many AR steps of every image without speculation."""
+        plan, batch = self._plan, len(self._images)
         evaluate = plan.evaluate if model is self._draft else None
-        for _ in range(count):
-            z = model.backbone.condition(self._previous()[:, None], self._position)[:, :, 0]
-            noise = self._chain_noise(self._images, self._position)
-            drawn = model.head.sample(z, plan.guidance_at(self._position), noise.start, noise.steps, evaluate=evaluate)
+        for _ in range(steps):
+            span = self._span(1)
+            z = model.backbone.condition(self._fed, span)
+            noise = self._chain_noise(self._images[span.owner], span.place)
+            drawn = model.head.sample(z, plan.guidance_at(span.ar_step), noise.start, noise.steps, evaluate=evaluate)
             if model is self._draft:
                 self._counters.draft_backbone_calls += batch
             else:
                 self._counters.target_backbone_calls += batch
-            self._counters.sequential_head_calls += batch * (n if evaluate is None else int(evaluate.sum()))
-            self._store(self._active, self._position, drawn.path[:, -1], drawn.mean[:, -1])
-            self._position += 1
-            self._tell(batch)
-
-    def _catch_up(self, draft: Model) -> None:
-        """Show the draft the prefilled tokens, all but the last, which the next round feeds."""
-        count = self._plan.prefill
-        before = np.concatenate([np.zeros_like(self._fed[:, :1]), self._fed[:, : count - 1]], axis=1)
-        draft.backbone.condition(before, np.zeros(len(self._active), np.int64))
-        self._counters.draft_backbone_calls += len(self._active)
+            self._counters.sequential_head_calls += batch * self._head_calls(evaluate)
+            self._store(span, slice(None), drawn.path[:, -1], drawn.mean[:, -1])
+            self._step += 1
+            self._tell(len(span.owner))
 
     # --- a round -----------------------------------------------------------------------------------
 
     def _round(self, target: Model) -> None:
-        """Draft γ tokens of each active image, verify them, commit what stands."""
+        """Draft the next AR steps of each active image, verify them, commit what stands.
+
+        The sets of tokens before the first one with a rejection are kept; that set is committed with its
+        rejected tokens redrawn; what was drafted after it is dropped.
+        """
         plan, active = self._plan, self._active
-        position = self._position[active]
-        left = plan.tokens - position
-        length = min(plan.draft_length, int(left.max()))
-        place = (position[:, None] + np.arange(length)).ravel()  # [R], image by image
-        image = np.repeat(self._images[active], length)
-        noise = self._chain_noise(image, place)
-        guidance = plan.guidance_at(place)
-        proposal, z = self._propose_and_condition(target, position, length, noise)
-        judgement = self._judge(target, z, guidance, proposal, image, place)
+        left = plan.schedule.steps - self._step[active]
+        span = self._span(min(plan.draft_length, int(left.max())))
+        image = self._images[active[span.owner]]
+        noise = self._chain_noise(image, span.place)
+        guidance = plan.guidance_at(span.ar_step)
+        proposal, z = self._propose_and_condition(target, span, noise)
+        judgement = self._judge(target, z, guidance, proposal, image, span.place)
 
-        accepted = judgement.accepted.reshape(len(active), length)
-        offset = np.arange(length)
-        kept = np.minimum(np.cumprod(accepted, axis=1).sum(axis=1), left)
-        taken = (offset < kept[:, None]).ravel()
-        self._store(np.repeat(active, length)[taken], place[taken], proposal.token[taken], judgement.mean[taken])
-        rejecting = np.flatnonzero(kept < np.minimum(length, left))
-        rows = rejecting * length + kept[rejecting]
+        accepted = judgement.accepted
+        drafted = np.minimum(span.length, left)
+        kept = drafted.copy()  # [A] AR steps before the first with a rejection
+        np.minimum.at(kept, span.owner[~accepted], span.offset[~accepted])
+        taken = span.offset <= kept[span.owner]
+        rows = np.flatnonzero(taken & ~accepted)
+        taken &= accepted
+        self._store(span, taken, proposal.token[taken], judgement.mean[taken])
         if len(rows):
-            made = self._complete(target, z, guidance, proposal, judgement, rows, image[rows], place[rows])
-            self._store(active[rejecting], place[rows], made.token, made.mean)
-            self._counters.sequential_head_calls += made.head_calls
-        self._position[active] += kept
-        self._position[active[rejecting]] += 1
-        committed = int(kept.sum()) + len(rows)
-        self._count_calls(len(active), int(np.minimum(length, left).sum()))
-        self._counters.committed += committed
-        self._counters.accepted += int(kept.sum())
-        self._counters.rejected += len(rows)
-        self._tell(committed)
+            made = self._complete(target, z, guidance, proposal, judgement, rows, image[rows], span.place[rows])
+            self._store(span, rows, made.token, made.mean)
+            longest = np.zeros(len(active), np.int64)
+            np.maximum.at(longest, span.owner[rows], made.head_calls)
+            self._counters.sequential_head_calls += int(longest.sum())
+        self._step[active] += np.minimum(kept + 1, drafted)
+        self._count_round(drafted, len(span.owner), accepted=int(taken.sum()), rejected=len(rows))
+        self._tell(int(taken.sum()) + len(rows))
 
-    def _count_calls(self, images: int, drafted: int) -> None:
-        """Count a round of so many images and drafts; drafts past an image's end, which companions cause, are none."""
-        plan, counters, n = self._plan, self._counters, self._head.chain.length
-        evaluations = n if plan.evaluate is None else int(plan.evaluate.sum())
-        aligned = n if plan.mode == "paper" else 0
-        counters.rounds += images
+    def _count_round(self, steps: IntArray, drafted: int, *, accepted: int, rejected: int) -> None:
+        """Count a round of A images that drafted `steps [A]` AR steps each, `drafted` tokens in all."""
+        plan, counters = self._plan, self._counters
+        aligned = self._head_calls(None) if plan.mode == "paper" else 0  # all rows in one batch
+        counters.rounds += len(steps)
+        counters.committed += accepted + rejected
         counters.drafted += drafted
-        counters.target_backbone_calls += images
-        counters.draft_backbone_calls += 0 if plan.draft is None else drafted
-        counters.sequential_head_calls += drafted * (evaluations + aligned)
+        counters.accepted += accepted
+        counters.rejected += rejected
+        counters.target_backbone_calls += len(steps)
+        counters.draft_backbone_calls += 0 if plan.draft is None else int(steps.sum())
+        counters.sequential_head_calls += int(steps.sum()) * self._head_calls(plan.evaluate) + len(steps) * aligned
 
-    def _propose_and_condition(
-        self, target: Model, position: IntArray, length: int, noise: ChainNoise
-    ) -> tuple[Proposal, FloatArray]:
+    def _head_calls(self, evaluate: BoolArray | None) -> int:
+        """Sequential calls that a chain takes."""
+        return self._head.chain.length if evaluate is None else int(evaluate.sum())
+
+    def _propose_and_condition(self, target: Model, span: Span, noise: ChainNoise) -> tuple[Proposal, FloatArray]:
         """The round's drafts, and the target's conditions `z [G, R, Z]` for them: one backbone call."""
-        plan, images = self._plan, len(position)
-        previous = self._previous()
-        if self._draft is None:  # the target's own head drafts: a round is one token
-            z = target.backbone.condition(previous[:, None], position)[:, :, 0].copy()
-            drawn = target.head.sample(z, plan.guidance_at(position), noise.start, noise.steps, evaluate=plan.evaluate)
-            return Proposal(noise, drawn.path, drawn.mean), z
-        proposal = propose(self._draft, previous, position, length, noise, plan.guidance_at, plan.evaluate)
-        drafted = proposal.token.reshape(images, length, -1)
-        context = np.concatenate([previous[:, None], drafted[:, :-1]], axis=1)
-        z = target.backbone.condition(context, position)
-        return proposal, z.reshape(z.shape[0], images * length, -1).copy()
+        plan, tokens = self._plan, self._fed[self._active]
+        if self._draft is not None:
+            proposal = propose(self._draft, tokens, span, noise, plan.guidance_at, plan.evaluate)
+            return proposal, target.backbone.condition(tokens, span).copy()
+        # The target's own head drafts: a round is one AR step.
+        z = target.backbone.condition(tokens, span).copy()
+        guidance = plan.guidance_at(span.ar_step)
+        drawn = target.head.sample(z, guidance, noise.start, noise.steps, evaluate=plan.evaluate)
+        return Proposal(noise, drawn), z
 
     def _judge(
         self, target: Model, z: FloatArray, guidance: FloatArray, proposal: Proposal, image: IntArray, place: IntArray
@@ -239,17 +246,26 @@ class Decoder:
 
     # --- the batch's state -------------------------------------------------------------------------
 
-    def _previous(self) -> FloatArray:
-        """`[A, D]` the last committed token of each active image (at the start any value: the label stands there)."""
-        return np.asarray(self._fed[self._active, self._position[self._active] - 1])
+    def _draw_order(self) -> IntArray:
+        """`[B, L]` the images' places in the order in which they are predicted."""
+        plan, images = self._plan, self._images
+        if not plan.random_order:
+            return np.tile(np.arange(plan.tokens), (len(images), 1))
+        uniform = self._noise.uniform(images, np.zeros_like(images), Purpose.ORDER, plan.tokens)
+        return np.argsort(uniform, axis=1, kind="stable")
 
-    def _store(self, image: IntArray, place: IntArray, token: FloatArray, mean: FloatArray) -> None:
+    def _span(self, length: int) -> Span:
+        """The next AR steps of the active images."""
+        return Span.of(self._order[self._active], self._plan.schedule.known, self._step[self._active], length)
+
+    def _store(self, span: Span, rows: BoolArray | IntArray | slice, token: FloatArray, mean: FloatArray) -> None:
+        image, place = self._active[span.owner[rows]], span.place[rows]
         self._fed[image, place] = token
         self._shown[image, place] = mean if self._plan.emit_mean else token
 
     def _retire(self) -> None:
         """Drop finished images from the batch, so that none idles in it."""
-        going = self._position[self._active] < self._plan.tokens
+        going = self._step[self._active] < self._plan.schedule.steps
         if going.all():
             return
         rows = np.flatnonzero(going)

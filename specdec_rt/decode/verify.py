@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from specdec_rt.acceptance import BlockVerdict, block_verify, paper_log_acceptance
-from specdec_rt.decode.chain import Head
+from specdec_rt.decode.chain import Head, Trajectory
 from specdec_rt.decode.draft import Proposal
 from specdec_rt.residual import draw_block_residual, draw_paper_residual
 from specdec_rt.types import BoolArray, FloatArray, IntArray
@@ -34,8 +34,8 @@ class Completion:
     """`[K, D]` the chain's last state: what is fed back"""
     mean: FloatArray
     """`[K, D]` the mean it was drawn around"""
-    head_calls: int
-    """sequential head calls, summed over rows"""
+    head_calls: IntArray
+    """`[K]` sequential head calls of each row"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def judge_exact(
     head: Head, z: FloatArray, guidance: FloatArray, proposal: Proposal, uniform: FloatArray
 ) -> ExactJudgement:
     """Verify all paths in one batched call of the head; `uniform [R, n + 1]`."""
-    target_mean = head.means(proposal.path, z, guidance)
-    verdict = block_verify(proposal.noise.steps, proposal.mean, target_mean, head.chain.std, uniform)
+    target_mean = head.means(proposal.drawn.path, z, guidance)
+    verdict = block_verify(proposal.noise.steps, proposal.drawn.mean, target_mean, head.chain.std, uniform)
     return ExactJudgement(verdict, target_mean)
 
 
@@ -86,7 +86,7 @@ def complete_exact(
     n = head.chain.length
     step = judgement.verdict.accepted_steps[rows]
     token = draw_block_residual(
-        proposal.mean[rows, step],
+        proposal.drawn.mean[rows, step],
         judgement.target_mean[rows, step],
         head.chain.std[step],
         judgement.verdict.log_weight[rows],
@@ -102,7 +102,7 @@ def complete_exact(
             z[:, chosen], guidance[:, chosen], token[unfinished], fresh[unfinished], begin=begin[unfinished]
         )
         token[unfinished], mean[unfinished] = rest.path[:, -1], rest.mean[:, -1]
-    return Completion(token, mean, head_calls=int((n - begin).sum()))
+    return Completion(token, mean, head_calls=n - begin)
 
 
 @dataclass(frozen=True)
@@ -111,16 +111,16 @@ class PaperJudgement:
 
     accepted: BoolArray
     """`[R]`"""
-    proposal: Proposal
-    aligned_token: FloatArray
-    """`[R, D]` the target's own token, denoised with the draft's noise"""
-    aligned_mean: FloatArray
-    """`[R, D]`"""
+    drafted: Trajectory
+    aligned: Trajectory
+    """the target's own chains, denoised with the drafts' noise"""
+    log_std_ratio: FloatArray
+    """`[R]` log Σ', the sum of log σ_q - log σ_p over dimensions and all transitions but the last"""
 
     @property
     def mean(self) -> FloatArray:
         """`[R, D]` what an accepted token shows: the draft's mean, since the draft's token is what is kept."""
-        return self.proposal.mean[:, -1]
+        return self.drafted.mean[:, -1]
 
 
 def judge_paper(
@@ -128,19 +128,23 @@ def judge_paper(
 ) -> PaperJudgement:
     """Denoise every row with the target along its own states, then compare densities on the last transition.
 
-    `uniform [R]`. Draft and target share the chain's fixed variances, so Σ of the paper is 1.
+    `uniform [R]`. The last transition has one std in draft and target, so the paper's Σ is Σ' here.
     """
-    aligned = head.sample(z, guidance, proposal.noise.start, proposal.noise.steps)
+    drafted, aligned = proposal.drawn, head.sample(z, guidance, proposal.noise.start, proposal.noise.steps)
+    std = np.asarray(head.chain.final_density_std)
+    log_std_ratio = _log_std_ratio(drafted, aligned)
     log_acceptance = paper_log_acceptance(
-        proposal.token,
-        proposal.mean[:, -1],
-        np.asarray(head.chain.final_density_std),
-        aligned.mean[:, -1],
-        np.asarray(head.chain.final_density_std),
-        np.zeros(len(uniform)),
-        tau,
+        proposal.token, drafted.mean[:, -1], std, aligned.mean[:, -1], std, log_std_ratio, tau
     )
-    return PaperJudgement(np.log(uniform) < log_acceptance, proposal, aligned.path[:, -1], aligned.mean[:, -1])
+    return PaperJudgement(np.log(uniform) < log_acceptance, drafted, aligned, log_std_ratio)
+
+
+def _log_std_ratio(drafted: Trajectory, aligned: Trajectory) -> FloatArray:
+    """`[R]` log Σ'; 0 where both share the chain's fixed variances."""
+    if drafted.std is None or aligned.std is None:
+        return np.zeros(len(drafted.path))
+    ratio = np.log(drafted.std[:, :-1], dtype=np.float64) - np.log(aligned.std[:, :-1], dtype=np.float64)
+    return np.asarray(ratio.sum(axis=(1, 2)))
 
 
 def complete_paper(
@@ -151,15 +155,15 @@ def complete_paper(
     Where no try passes, the target's own aligned token stands.
     """
     std = np.asarray(head.chain.final_density_std)
-    mean = judgement.aligned_mean[rows]
+    mean = judgement.aligned.mean[rows, -1]
     token, _ = draw_paper_residual(
-        judgement.proposal.mean[rows, -1],
+        judgement.drafted.mean[rows, -1],
         std,
         mean,
         std,
-        np.zeros(len(rows)),
+        judgement.log_std_ratio[rows],
         normal,
         uniform,
-        judgement.aligned_token[rows],
+        judgement.aligned.path[rows, -1],
     )
-    return Completion(token.astype(np.float32), mean, head_calls=0)
+    return Completion(token.astype(np.float32), mean, head_calls=np.zeros(len(rows), np.int64))

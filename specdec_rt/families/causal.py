@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from specdec_rt.bundle import CacheShape
 from specdec_rt.engine import BoundCall, Engine
+from specdec_rt.families.span import Span
+from specdec_rt.manifest import CacheShape
 from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["CausalBackbone"]
@@ -36,7 +37,23 @@ class CausalBackbone:
         }
         self._calls: dict[int, tuple[BoundCall, Array, Array, Array]] = {}
 
-    def condition(self, tokens: FloatArray, position: IntArray) -> FloatArray:
+    def condition(self, tokens: FloatArray, span: Span) -> FloatArray:
+        """As in `Backbone`; advances the caches over the span's steps."""
+        place = span.step[:, None] + np.arange(span.length)  # AR steps are places here
+        before = np.minimum(place, tokens.shape[1]) - 1  # at place 0 any value does: the label stands there
+        z = self.feed(tokens[np.arange(len(tokens))[:, None], before], span.step)
+        return np.asarray(z[:, span.owner, span.offset])
+
+    def catch_up(self, tokens: FloatArray, step: IntArray) -> int:
+        """As in `Backbone`: all but the last token, which the next call feeds; all images stand at one step."""
+        count = int(step.max())
+        if count == 0:
+            return 0
+        before = np.concatenate([np.zeros_like(tokens[:, :1]), tokens[:, : count - 1]], axis=1)
+        self.feed(before, np.zeros_like(step))
+        return 1
+
+    def feed(self, tokens: FloatArray, position: IntArray) -> FloatArray:
         """Conditions for N positions of each image, from `position [B]` on; advances the caches.
 
         `tokens [B, N, D]` are those *before* each position (at position 0 any value: the label stands

@@ -37,20 +37,20 @@ def speculate(rng, rows, variant):
     z, guidance = conditions(rows)
     noise = ChainNoise(normals(rng, rows, DIM), normals(rng, rows, N, DIM))
     drawn = DRAFT.sample(z, guidance, noise.start, noise.steps)
-    proposal = Proposal(noise, drawn.path, drawn.mean)
+    proposal = Proposal(noise, drawn)
     uniform = rng.random((rows, N + 1))
     judgement = judge_exact(TARGET, z, guidance, proposal, uniform)
     if variant == "stops at the first failure":
         judgement = replace(judgement, verdict=first_failure(proposal, judgement.target_mean, uniform))
     token = proposal.token.copy()
-    mean = (proposal.mean[:, -1] if variant == "shows the draft's mean" else judgement.mean).copy()
+    mean = (proposal.drawn.mean[:, -1] if variant == "shows the draft's mean" else judgement.mean).copy()
     rejected = np.flatnonzero(~judgement.accepted)
     fresh = normals(rng, len(rejected), N, DIM)
     if variant == "reuses the draft's noise":
         fresh = noise.steps[rejected]
     if variant == "without residual":
         step = judgement.verdict.accepted_steps[rejected]
-        start = proposal.path[rejected, step]
+        start = proposal.drawn.path[rejected, step]
         z, guidance = conditions(len(rejected))
         drawn = TARGET.sample(z, guidance, start, fresh, begin=step)
         token[rejected], mean[rejected] = drawn.path[:, -1], drawn.mean[:, -1]
@@ -72,7 +72,7 @@ def speculate(rng, rows, variant):
 
 def first_failure(proposal, target_mean, uniform):
     """The verdict that stops at the first prefix whose uniform fails, instead of taking the longest that passes."""
-    distance, log_ratio = step_divergence(proposal.noise.steps, proposal.mean, target_mean, TOY_CHAIN.std)
+    distance, log_ratio = step_divergence(proposal.noise.steps, proposal.drawn.mean, target_mean, TOY_CHAIN.std)
     log_weight = running_log_weight(log_ratio)
     passes = uniform < prefix_acceptance(log_weight, distance)
     steps = np.cumprod(passes, axis=1).sum(axis=1) - 1

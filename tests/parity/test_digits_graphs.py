@@ -47,7 +47,7 @@ def test_cached_decoding_equals_the_training_form(pipeline, pair, draft):
     found, place = [], 0
     for length in [1, 2, 1, 5, 30, 10]:
         position = np.full(BATCH, place)
-        found.append(model.backbone.condition(before[:, place : place + length], position)[0].copy())
+        found.append(model.backbone.feed(before[:, place : place + length], position)[0].copy())
         place += length
     assert place == tokens.shape[1]
     assert relative_error(np.concatenate(found, axis=1), expected) <= TOLERANCE
@@ -59,9 +59,9 @@ def test_abandoned_drafts_leave_no_trace(pipeline):
     results = []
     for junk in (0.0, 100.0):
         backbone = pipeline.session(labels, DecodeOptions(guidance=1.0)).target.backbone
-        backbone.condition(before[:, :10], np.zeros(BATCH, np.int64))
-        backbone.condition(before[:, 10:13] + junk, np.full(BATCH, 10))
-        results.append(backbone.condition(before[:, 10:12], np.full(BATCH, 10)).copy())
+        backbone.feed(before[:, :10], np.zeros(BATCH, np.int64))
+        backbone.feed(before[:, 10:13] + junk, np.full(BATCH, 10))
+        results.append(backbone.feed(before[:, 10:12], np.full(BATCH, 10)).copy())
     np.testing.assert_array_equal(*results)
 
 
@@ -70,14 +70,14 @@ def test_images_stand_at_positions_of_their_own(pipeline):
     _, before, labels = inputs(pipeline)
     position = np.array([3, 0, 7])
     joint = pipeline.session(labels, DecodeOptions(guidance=1.0)).target.backbone
-    joint.condition(before[:, :9], np.zeros(BATCH, np.int64))
+    joint.feed(before[:, :9], np.zeros(BATCH, np.int64))
     kept = np.array([0, 2])
     joint.select(kept)
-    z = joint.condition(np.stack([before[b, position[b] : position[b] + 2] for b in kept]), position[kept]).copy()
+    z = joint.feed(np.stack([before[b, position[b] : position[b] + 2] for b in kept]), position[kept]).copy()
     for row, b in enumerate(kept):
         single = pipeline.session(labels[b : b + 1], DecodeOptions(guidance=1.0)).target.backbone
-        single.condition(before[b : b + 1, :9], np.zeros(1, np.int64))
-        alone = single.condition(before[b : b + 1, position[b] : position[b] + 2], position[b : b + 1])
+        single.feed(before[b : b + 1, :9], np.zeros(1, np.int64))
+        alone = single.feed(before[b : b + 1, position[b] : position[b] + 2], position[b : b + 1])
         assert relative_error(z[:, row], alone[:, 0]) <= TOLERANCE
 
 

@@ -1,21 +1,26 @@
 """Export of a small new pair: checked graphs, shared weights, and a check that can fail."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
-from export.causal import CausalPair, annotate, read_pair, write_bundle
-from export.graphs import DenoiseStepGraph
+from export.bundles import annotate
+from export.causal import CausalPair, read_pair, write_bundle
+from export.graphs import DenoiseStepGraph, TimeEmbeddingGraph
 from export.models.causal import CausalBackbone, CausalBackboneSize, CausalModel
 from export.models.head import DiffusionHead
-from export.parity import ParityError, require_parity
-from export.to_onnx import OPSET
+from export.parity import ParityError, require_parity, require_precision
+from export.to_onnx import OPSET, export_graph, save_weights
 from specdec_rt import load
-from specdec_rt.bundle import Defaults, ImageLayout
+from specdec_rt.bundle import load_bundle
 from specdec_rt.errors import OutputError
+from specdec_rt.manifest import Defaults, ImageLayout
 from specdec_rt.schedule import ChainSpec
 
 
@@ -36,15 +41,17 @@ def pair():
         drafts={"adapter": draft},
         chain=ChainSpec(steps=6, t_max=950, drop_last=1, final_std=0.1, variance="large", emit="mean"),
         image=ImageLayout(height=4, width=6, channels=3, patch=2),
-        defaults=Defaults(mode="exact", draft="adapter", draft_length=2, guidance=1.5, guidance_schedule="linear"),
+        defaults=Defaults(
+            mode="exact", draft="adapter", draft_length=2, guidance=1.5, guidance_schedule="linear", ar_steps=6
+        ),
         provenance={"weights": "random"},
     )
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["float32", "float16"])
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
 def folder(request, pair, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    write_bundle(pair, out, half=request.param)
+    write_bundle(pair, out, precision=request.param)
     return out
 
 
@@ -69,6 +76,7 @@ def test_graphs_are_checked_dynamic_and_share_their_weights(folder):
         assert {entry.version for entry in model.opset_import if not entry.domain} == {OPSET}
         assert all(value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input)
         assert not {node.op_type for node in model.graph.node} & {"NonZero", "Attention", "If", "Loop"}
+        assert b"stack_trace" not in path.read_bytes()  # nor any path of the machine that it was made on
     step = onnx.load(folder / "target.denoise_step.onnx", load_external_data=False)
     density = onnx.load(folder / "target.log_density.onnx", load_external_data=False)
     places = [
@@ -108,24 +116,74 @@ def test_not_a_number_fails_the_comparison_in_any_output(folder):
             next_state, mean = step(*values)
             return next_state, mean * torch.nan
 
-    step = DenoiseStepGraph(read_pair(folder).target.head)
+    step = DenoiseStepGraph(read_pair(folder).target.head, learned_variance=False)
     with torch.no_grad():
         require_parity(step, examples, graph.inputs, folder / graph.file)
         with pytest.raises(ParityError, match="differs from torch by nan"):
             require_parity(Broken(), examples, graph.inputs, folder / graph.file)
 
 
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 0), ("fp16", 1e-3), ("bf16", 8e-3)])
+def test_weights_are_stored_in_the_precision_that_is_asked_for(tmp_path, precision, limit):
+    torch.manual_seed(0)
+    head = DiffusionHead(4, 8, 64, 1, learned_variance=False)
+    before = head.time_embed.mlp[0].weight.detach().clone()
+    weights = save_weights({"head": head}, tmp_path / "x.safetensors", precision=precision)
+    after = head.time_embed.mlp[0].weight.detach()
+    assert (after - before).abs().max() <= limit * before.abs().max()
+    assert torch.equal(after, before) == (precision == "fp32")
+    bytes_each = 4 if precision == "fp32" else 2
+    assert weights.path.stat().st_size // bytes_each == pytest.approx(
+        sum(p.numel() for p in head.parameters()), rel=0.1
+    )
+    graph = load_bundle("digits").manifest.target.graphs["time_embedding"]
+    output = graph.outputs[0].model_copy(update={"shape": ("n", 64)})
+    module, examples, path = TimeEmbeddingGraph(head), [torch.arange(5)], tmp_path / "x.onnx"
+    export_graph(module, examples, (graph.inputs, (output,)), path, weights)
+    assert require_parity(module, examples, graph.inputs, path) > 0
+
+
+def test_too_coarse_a_precision_is_refused(tmp_path):
+    values = [np.ones(4), np.arange(4.0)]
+    altered = [np.ones(4), np.arange(4.0) * 1.01]
+    assert require_precision(tmp_path / "x.onnx", altered, values, "bf16") == pytest.approx(0.01)
+    with pytest.raises(ParityError, match=r"x\.onnx with weights in fp16 differs .* by 1\.00e-02 .* --precision fp32"):
+        require_precision(tmp_path / "x.onnx", altered, values, "fp16")
+
+
+def without_notes(path):
+    """A graph's bytes but for what older exports noted on its nodes."""
+    model = onnx.load(path, load_external_data=False)
+    for annotated in (model.graph, *model.graph.input, *model.graph.output, *model.graph.node):
+        annotated.ClearField("metadata_props")
+    return model.SerializeToString(deterministic=True)
+
+
+@pytest.mark.full
+def test_the_shipped_bundle_can_be_written_anew(tmp_path):
+    """Byte for byte, from its own weights, with the pinned torch."""
+    shipped = load_bundle("digits").folder
+    write_bundle(read_pair("digits"), tmp_path / "digits", precision="fp16")
+    for path in (tmp_path / "digits").iterdir():
+        read = without_notes if path.suffix == ".onnx" else Path.read_bytes
+        if path.name != "manifest.json":
+            assert read(path) == read(shipped / path.name), path.name
+
+
 def test_export_replaces_nothing_but_a_bundle(pair, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(OutputError, match="holds something that is no bundle"):
-        write_bundle(pair, tmp_path, half=False)
+        write_bundle(pair, tmp_path, precision="fp32")
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_export_replaces_a_bundle_as_a_whole(folder, pair):
-    annotate(folder, {"note": "kept"})
-    assert json.loads((folder / "manifest.json").read_text())["provenance"]["note"] == "kept"
-    (folder / "left-over").write_text("from before")
-    write_bundle(pair, folder, half=False)
-    assert not (folder / "left-over").exists()
-    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+def test_export_replaces_a_bundle_as_a_whole(pair, tmp_path):
+    out = tmp_path / "pair"
+    shutil.copytree(load_bundle("digits").folder, out)
+    annotate(out, {"note": "kept"})
+    assert json.loads((out / "manifest.json").read_text())["provenance"]["note"] == "kept"
+    (out / "left-over").write_text("from before")
+    alone = replace(pair, drafts={}, defaults=pair.defaults.model_copy(update={"draft": "self"}))
+    write_bundle(alone, out, precision="fp32")
+    assert {path.name for path in out.iterdir()} == {"manifest.json", *load_bundle(out).manifest.files}
+    assert [path.name for path in tmp_path.iterdir()] == ["pair"]

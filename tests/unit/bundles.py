@@ -4,12 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-from specdec_rt.bundle import MANIFEST, load_bundle
+from specdec_rt.bundle import load_bundle
+from specdec_rt.manifest import MANIFEST
 
 
-def copy_bundle(folder):
-    """The embedded bundle in a new folder."""
-    return Path(shutil.copytree(load_bundle("digits").folder, folder))
+def copy_bundle(folder, name="digits"):
+    """An embedded bundle in a new folder."""
+    return Path(shutil.copytree(load_bundle(name).folder, folder))
 
 
 def read_manifest(folder):

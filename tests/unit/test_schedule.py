@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from specdec_rt.errors import ChainError
-from specdec_rt.schedule import Chain, ChainSpec, compile_chain, cosine_alpha_bar
+from specdec_rt.schedule import (
+    Chain,
+    ChainSpec,
+    compile_chain,
+    cosine_alpha_bar,
+    cosine_schedule,
+    guidance_weights,
+    raster_schedule,
+)
 
 STOCK = ChainSpec(steps=25, variance="learned")
 EXACT = ChainSpec(steps=25, t_max=975, drop_last=2, final_std=0.1, emit="mean")
@@ -167,3 +175,23 @@ def test_exact_takes_a_chain_with_noise_in_every_transition():
     assert isinstance(chain, Chain)
     chain.require_density_ratio()
     assert np.all(chain.std > 0)
+
+
+def test_cosine_steps_are_the_references():
+    """The rows that the reference drew in each of 8 AR steps of 64 tokens, 3 images at a time."""
+    np.testing.assert_array_equal(np.diff(cosine_schedule(64, 8).known) * 3, [6, 9, 18, 24, 30, 33, 36, 36])
+
+
+def test_linear_guidance_grows_with_the_tokens_that_are_known():
+    schedule = cosine_schedule(64, 8)
+    weights = guidance_weights(schedule.progress, scale=3.0, schedule="linear")
+    np.testing.assert_allclose(weights[0, [0, 1, 7]], [1 + 2 * 2 / 64, 1 + 2 * 5 / 64, 1 + 2 * 63 / 64])
+    np.testing.assert_allclose(weights.sum(axis=0), 1)
+    raster = guidance_weights(raster_schedule(4).progress, scale=3.0, schedule="linear")
+    np.testing.assert_allclose(raster[0], [1.5, 2.0, 2.5, 3.0])
+
+
+def test_constant_guidance_is_the_scale_and_none_has_one_branch():
+    progress = raster_schedule(3).progress
+    np.testing.assert_array_equal(guidance_weights(progress, scale=2.0, schedule="constant"), [[2.0] * 3, [-1.0] * 3])
+    np.testing.assert_array_equal(guidance_weights(progress, scale=1.0, schedule="linear"), [[1.0] * 3])

@@ -1,0 +1,174 @@
+"""Write a bundle of a published MAR checkpoint, alone or with a draft.
+
+`python -m export.mar --checkpoint FILE --out DIR`. Every graph is compared with torch; progress goes to stderr.
+"""
+
+import argparse
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import onnx
+import torch
+
+from export.bundles import require_replaceable, tell
+from export.checkpoints import Checkpoint, build_mar, build_vae_decoder, read_checkpoint
+from export.mar_models import MarPair, image_layout, write_mar_bundle
+from export.models.mar import Mar, MarSize
+from specdec_rt.bundle import file_sha256
+from specdec_rt.config import SELF_DRAFT, Mode
+from specdec_rt.errors import SpecDecError, UsageError
+from specdec_rt.manifest import Defaults, Precision
+from specdec_rt.schedule import ChainSpec, compile_chain
+
+__all__ = ["main"]
+
+DRAFT = "draft"
+"""The draft's name in the bundle."""
+EXACT_T_MAX = 975
+"""The step out of pure noise makes acceptance 0."""
+GUIDANCE = {"mar_base": 2.9, "mar_large": 3.0, "mar_huge": 3.2}
+"""The published scales."""
+AR_STEPS = 64
+"""What the published evaluation takes where a checkpoint does not say."""
+STEPS = "100"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export; 0, or the exit code of what went wrong."""
+    arguments = _parser().parse_args(argv)
+    command = shlex.join(["python", "-m", "export.mar", *(sys.argv[1:] if argv is None else argv)])
+    out: Path = arguments.out.resolve()
+    try:
+        require_replaceable(out)
+        pair = _read(arguments, arguments.name or out.name, command)
+        if pair.defaults.mode == "target":
+            tell(
+                "note: without a draft this stock chain can be run in mode target alone; "
+                "--chain exact would let the target draft for itself (--draft self)"
+            )
+        write_mar_bundle(pair, out, precision=arguments.precision)
+    except SpecDecError as error:
+        tell(f"error: {error}")
+        return error.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m export.mar", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="TARGET.pth", help="the target: .pth or .safetensors")
+    add("--draft", type=Path, metavar="DRAFT.pth", help="a smaller model of the same tokens")
+    add("--vae", type=Path, metavar="kl16.ckpt", help="the VAE whose decoder makes pixels of the tokens")
+    add("--weights", choices=["ema", "model"], default="ema", help="which set of a .pth (default: %(default)s)")
+    add("--heads", type=_heads, metavar="E,D", help="the target's attention heads, where its file does not say them")
+    add("--draft-heads", type=_heads, metavar="E,D", help="the same of the draft")
+    add("--chain", choices=["stock", "exact"], default="stock", help="the published sampler, or a lossless mode's")
+    add("--steps", type=int, metavar="N", help="the chain's steps (default: the checkpoint's, or 100)")
+    add("--drop-last", type=int, metavar="K", help="exact: how many of the least noisy steps are left out (default: 0)")
+    add("--final-std", type=float, metavar="S", help="exact: noise of the last step (default: the posterior's)")
+    add("--precision", choices=get_args(Precision), default="fp32", help="in which weights are stored")
+    add("--name", help="the bundle's name (default: that of its folder)")
+    add("--out", type=Path, required=True, metavar="DIR", help="the bundle's folder, replaced as a whole")
+    return parser
+
+
+def _heads(text: str) -> tuple[int, int]:
+    encoder, _, decoder = text.partition(",")
+    if not (encoder.isdecimal() and decoder.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, encoder and decoder, as in 12,12")
+    return int(encoder), int(decoder)
+
+
+def _read(arguments: argparse.Namespace, name: str, command: str) -> MarPair:
+    """The models and the chain that the options ask for."""
+    checkpoints = {"target": read_checkpoint(arguments.checkpoint, weights=arguments.weights)}
+    target = build_mar(checkpoints["target"], heads=arguments.heads)
+    chain = _chain(arguments, checkpoints["target"], target.size)
+    drafts: dict[str, Mar] = {}
+    if arguments.draft is not None:
+        checkpoints[DRAFT] = read_checkpoint(arguments.draft, weights=arguments.weights)
+        drafts[DRAFT] = build_mar(checkpoints[DRAFT], heads=arguments.draft_heads)
+        _require_alike(checkpoints[DRAFT], drafts[DRAFT].size, checkpoints["target"], target.size, chain)
+    elif arguments.draft_heads is not None:
+        raise UsageError("--draft-heads is given without a draft; add --draft DRAFT.pth")
+    vae = None
+    if arguments.vae is not None:
+        image_layout(target.size, vae=True)  # refuses a model of other latents before the file is read
+        checkpoints["vae"] = read_checkpoint(arguments.vae, weights="model")  # all that is published of it
+        vae = build_vae_decoder(checkpoints["vae"])
+    return MarPair(
+        name=name,
+        target=target,
+        drafts=drafts,
+        chain=chain,
+        defaults=_defaults(arguments, checkpoints["target"], target.size),
+        vae=vae,
+        provenance=_provenance(arguments, checkpoints, command),
+    )
+
+
+def _chain(arguments: argparse.Namespace, checkpoint: Checkpoint, size: MarSize) -> ChainSpec:
+    steps = arguments.steps
+    if steps is None:
+        said = str(checkpoint.args.get("num_sampling_steps", STEPS))
+        if not said.isdecimal():
+            raise checkpoint.error("args.num_sampling_steps", repr(said), "a number of steps", "pass --steps N")
+        steps = int(said)
+    if arguments.chain == "stock":
+        for option in ("drop_last", "final_std"):
+            if getattr(arguments, option) is not None:
+                given = f"--{option.replace('_', '-')}"
+                raise UsageError(f"{given} is given, but the stock chain is as published; add --chain exact")
+        return ChainSpec(steps=steps, variance="learned" if size.learned_variance else "large", emit="sample")
+    spec = ChainSpec(steps=steps, t_max=EXACT_T_MAX, drop_last=arguments.drop_last or 0, emit="mean")
+    final_std = arguments.final_std
+    spec = replace(spec, final_std=compile_chain(spec).final_density_std if final_std is None else final_std)
+    compile_chain(spec).require_density_ratio()
+    return spec
+
+
+def _require_alike(draft: Checkpoint, size: MarSize, target: Checkpoint, wanted: MarSize, chain: ChainSpec) -> None:
+    """Raise CheckpointError where the draft's tokens are not the target's, or it lacks the chain's variances."""
+    fields = ["tokens", "token_dim", "classes", "stride", "patch"]
+    if chain.variance == "learned":
+        fields.append("learned_variance")
+    for name in fields:
+        found, expected = getattr(size, name), getattr(wanted, name)
+        if found != expected:
+            mend = "take a draft that was trained for the target's tokens"
+            raise draft.error(name, found, f"{expected}, as in {target.path}", mend)
+
+
+def _defaults(arguments: argparse.Namespace, checkpoint: Checkpoint, size: MarSize) -> Defaults:
+    drafted = arguments.draft is not None
+    stock_mode: Mode = "paper" if drafted else "target"
+    return Defaults(
+        mode="exact" if arguments.chain == "exact" else stock_mode,
+        draft=DRAFT if drafted else SELF_DRAFT,
+        draft_length=4,
+        guidance=GUIDANCE.get(str(checkpoint.args.get("model")), 1.0),
+        guidance_schedule="linear",
+        ar_steps=min(checkpoint.count("num_iter", AR_STEPS), size.tokens),
+    )
+
+
+def _provenance(arguments: argparse.Namespace, checkpoints: dict[str, Checkpoint], command: str) -> dict[str, Any]:
+    return {
+        "command": command,
+        "checkpoints": {
+            role: {"file": checkpoint.path.name, "sha256": file_sha256(checkpoint.path)}
+            for role, checkpoint in checkpoints.items()
+        },
+        "weights": arguments.weights,
+        "chain": arguments.chain,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "onnx": onnx.__version__},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Write a MAR pair of torch models as a bundle, and read it back."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from export.bundles import (
+    EXAMPLE_IMAGES,
+    BundleContents,
+    DecoderContents,
+    ModelContents,
+    example_draws,
+    parameter_count,
+    write_contents,
+)
+from export.checkpoints import build_vae_decoder, load_weights, read_checkpoint
+from export.graphs import DecoderGraph, MarBackboneGraph
+from export.models.mar import Mar, MarBackbone, MarSize
+from export.models.vae import VaeDecoder
+from specdec_rt.bundle import load_bundle
+from specdec_rt.errors import BundleError, UsageError
+from specdec_rt.manifest import Defaults, ImageLayout, Manifest, Model, Precision
+from specdec_rt.schedule import ChainSpec
+
+__all__ = ["MarPair", "image_layout", "read_mar_pair", "write_mar_bundle"]
+
+SIZE_KEY = "mar"
+"""Metadata of a weights file: the MarSize and the adapter's dimension, as JSON."""
+VAE_STRIDE, VAE_CHANNELS = 16, 16
+"""of the latents that the KL-16 decoder takes"""
+PIXEL_CHANNELS: dict[int, Literal[1, 3]] = {1: 1, 3: 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarPair:
+    """All that a MAR bundle is made of."""
+
+    name: str
+    target: Mar
+    drafts: Mapping[str, MarBackbone]
+    """a bare backbone (no Mar) drives the target's head"""
+    chain: ChainSpec
+    defaults: Defaults
+    vae: VaeDecoder | None
+    """makes the pixels; without it tokens are pixels themselves or stay tokens"""
+    provenance: Mapping[str, Any]
+
+
+def write_mar_bundle(pair: MarPair, out: Path, *, precision: Precision) -> Manifest:
+    """Write the pair to `out`, as `bundles.write_contents` does."""
+    size, vae = pair.target.size, pair.vae
+    contents = BundleContents(
+        name=pair.name,
+        family="mar",
+        tokens=size.tokens,
+        token_dim=size.token_dim,
+        classes=size.classes,
+        image=image_layout(size, vae=vae is not None),
+        chain=pair.chain,
+        defaults=pair.defaults,
+        target=_contents(pair.target),
+        drafts={name: _contents(draft) for name, draft in pair.drafts.items()},
+        decoder=None if vae is None else DecoderContents(module=vae, graph=DecoderGraph(vae, patch=size.patch)),
+        provenance=pair.provenance,
+    )
+    return write_contents(contents, out, precision=precision)
+
+
+def image_layout(size: MarSize, *, vae: bool) -> ImageLayout | None:
+    """How the tokens tile an image; None where nothing makes pixels of them.
+
+    Raises UsageError where a VAE decoder does not take tokens of this kind.
+    """
+    if vae and (size.stride, size.channels) != (VAE_STRIDE, VAE_CHANNELS):
+        raise UsageError(
+            f"the model's latents have vae_stride {size.stride} and vae_embed_dim {size.channels}; the KL-16 decoder "
+            f"takes {VAE_STRIDE} and {VAE_CHANNELS}; leave out --vae"
+        )
+    if vae:
+        patch = size.stride * size.patch
+        side = size.image // patch * patch
+        return ImageLayout(height=side, width=side, channels=3, patch=patch)
+    channels = PIXEL_CHANNELS.get(size.channels)
+    if size.stride != 1 or channels is None:
+        return None
+    side = size.image // size.patch * size.patch
+    return ImageLayout(height=side, width=side, channels=channels, patch=size.patch)
+
+
+def read_mar_pair(folder: str | Path) -> MarPair:
+    """The torch models of a bundle (a folder, or an embedded one's name), from its own weights."""
+    bundle = load_bundle(folder)
+    folder, manifest = bundle.folder, bundle.manifest
+    if manifest.family != "mar":
+        raise BundleError(f"{folder} holds a pair of the family {manifest.family!r}; expected one of 'mar'")
+    target = _read_model(folder / "target.safetensors", manifest.target)
+    assert isinstance(target, Mar)
+    vae = None if manifest.decoder is None else build_vae_decoder(read_checkpoint(folder / "decoder.safetensors"))
+    return MarPair(
+        name=manifest.name,
+        target=target,
+        drafts={name: _read_model(folder / f"{name}.safetensors", draft) for name, draft in manifest.drafts.items()},
+        chain=manifest.chain,
+        defaults=manifest.defaults,
+        vae=vae,
+        provenance=manifest.provenance,
+    )
+
+
+def _read_model(path: Path, record: Model) -> MarBackbone:
+    with safe_open(path, framework="pt") as file:
+        described = (file.metadata() or {}).get(SIZE_KEY)
+    try:
+        found = json.loads(described or "")
+        size, adapter_dim = MarSize(**found["size"]), found["adapter_dim"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise BundleError(f"{path}: its metadata describe no MAR model; export the bundle again") from error
+    with torch.device("meta"):
+        model = Mar(size) if record.head == "own" else MarBackbone(size, adapter_dim=adapter_dim)
+    checkpoint = read_checkpoint(path)
+    load_weights(model, checkpoint, checkpoint.tensors)
+    return model
+
+
+def _contents(model: MarBackbone) -> ModelContents:
+    size, modules = model.size, {"": model}
+    head = model.head if isinstance(model, Mar) else None
+    adapter_dim = model.z_dim if isinstance(model.adapter, torch.nn.Linear) else None
+    return ModelContents(
+        record=Model(
+            parameters=parameter_count(modules),
+            z_dim=model.z_dim,
+            head="target" if head is None else "own",
+            head_width=None if head is None else head.width,
+            cache=None,
+            graphs={},
+        ),
+        modules=modules,
+        metadata={SIZE_KEY: json.dumps({"size": asdict(size), "adapter_dim": adapter_dim})},
+        backbone=MarBackboneGraph(model),
+        examples=_examples(size),
+        head=head,
+    )
+
+
+def _examples(size: MarSize) -> list[Tensor]:
+    """Tokens, visible sets of none to a quarter of the positions, their mask, labels, queries; no size is 0 or 1."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.stack([torch.randperm(size.tokens, generator=generator) for _ in range(EXAMPLE_IMAGES)])
+    visible = order[:, : max(size.tokens // 4 + 1, 2)]
+    mask = torch.arange(visible.shape[1]) < torch.tensor([[0], [visible.shape[1] // 2], [visible.shape[1]]])
+    label = torch.tensor([0, size.classes - 1, size.classes])  # the last one stands for "no label"
+    query = order[:, -max(size.tokens // 3, 2) :]
+    return [example_draws()(EXAMPLE_IMAGES, size.tokens, size.token_dim), visible, mask, label, query]

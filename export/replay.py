@@ -1,0 +1,371 @@
+"""Replays what a MAR reference recorded (orders, noise, states) through the engines of a bundle.
+
+A reference is a `.npz` file of the arrays named in `docs/mar.md`. Sizes, known tokens, scales and steps are
+read from it and from the bundle's manifest, so any file of that form can be replayed.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from specdec_rt import DecodeOptions, Pipeline, SpecDecError, UsageError
+from specdec_rt.config import GuidanceSchedule
+from specdec_rt.decode.draft import Model
+from specdec_rt.decode.loop import Decoder
+from specdec_rt.decode.stats import Counters
+from specdec_rt.families.span import Span
+from specdec_rt.manifest import GraphName, Precision
+from specdec_rt.noise import Purpose
+from specdec_rt.schedule import Chain, cosine_schedule
+from specdec_rt.types import Array, FloatArray, IntArray
+
+__all__ = ["Comparison", "RecordingError", "replay"]
+
+TOLERANCE = 1e-4
+"""Relative L2 error that single evaluations, and single chains of denoising steps, may show."""
+IMAGE_TOLERANCE = 1e-3
+"""The same after a whole image: in it, errors feed back."""
+TABLE_TOLERANCE = 1e-6
+"""The same of the chain's own numbers, which are made in double precision."""
+ALLOWANCE: dict[Precision, float] = {"fp32": 1, "fp16": 50, "bf16": 200}
+"""How much more may be seen of a model whose weights were rounded."""
+
+
+class RecordingError(SpecDecError):
+    """A reference cannot be replayed; names the array, what was given and what was expected."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One recorded quantity."""
+
+    name: str
+    tolerance: float
+    error: float | None = None
+    """relative L2 error of what the engines gave; None where nothing could be compared"""
+    problem: str = ""
+    """why not"""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was compared and is within its tolerance."""
+        return self.error is not None and self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How a recorded file was sampled: its string `meta`."""
+
+    ar_steps: int
+    guidance: float
+    schedule: GuidanceSchedule
+    temperature: float
+
+
+class Reference(Mapping[str, Array]):
+    """The arrays of a recorded file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                self._arrays: dict[str, Array] = dict(arrays)
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise RecordingError(f"{path} cannot be read as .npz ({error}); expected a recorded reference") from error
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._arrays:
+            raise RecordingError(f"{self._path} has no array {name!r}")
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def floats(self, name: str) -> FloatArray:
+        """The array, float32."""
+        return np.ascontiguousarray(self[name], np.float32)
+
+    def recording(self) -> Recording:
+        """What `meta` says."""
+        text = str(np.ravel(self["meta"])[0])
+        fields = dict(re.findall(r"(\w+)=(\S+)", text))
+        try:
+            schedule = fields["cfg_schedule"]
+            if schedule not in ("linear", "constant"):
+                raise ValueError(f"cfg_schedule is {schedule!r}")
+            return Recording(int(fields["ar_steps"]), float(fields["cfg"]), schedule, float(fields["temperature"]))
+        except (KeyError, ValueError) as error:
+            raise RecordingError(
+                f"{self._path}: meta is {text!r} ({error}); expected "
+                "'ar_steps=8 cfg=2.9 cfg_schedule=linear temperature=0.95' with values of its own"
+            ) from error
+
+
+def replay(pipeline: Pipeline, path: Path) -> list[Comparison]:
+    """Compare every quantity of the recorded file with what the bundle's engines give.
+
+    Raises RecordingError where the file cannot be read, or the bundle is of another kind.
+    """
+    manifest = pipeline.bundle.manifest
+    if manifest.family != "mar":
+        raise RecordingError(f"bundle {manifest.name!r} is of family {manifest.family!r}; references are of 'mar'")
+    return list(_Replay(pipeline, Reference(path)).comparisons())
+
+
+@dataclass(frozen=True)
+class _Replay:
+    pipeline: Pipeline
+    reference: Reference
+
+    def comparisons(self) -> Iterator[Comparison]:
+        known = sorted(int(name[5:]) for name in self.reference if re.fullmatch(r"mask_\d+", name))
+        yield from self._compare(["betas", "timestep_map"], self._chain_tables, TABLE_TOLERANCE)
+        if not known:
+            yield Comparison("z_K", TOLERANCE, problem="the file has no array 'mask_K'")
+        for count in known:
+            yield from self._compare([f"z_{count}", f"z_uncond_{count}"], partial(self._conditions, count), TOLERANCE)
+        names = ["head_timestep", "head_out", "p_mean", "p_log_variance", "p_xstart"]
+        yield from self._compare(names, self._head, TOLERANCE)
+        yield from self._compare(["chain_plain_x"], lambda: self._whole_chain("plain"), TOLERANCE)
+        yield from self._compare(["chain_cfg_x"], lambda: self._whole_chain("cfg"), TOLERANCE)
+        yield from self._compare(["image_plain"], lambda: self._image("plain"), IMAGE_TOLERANCE)
+        yield from self._compare(["image_cfg"], lambda: self._image("cfg"), IMAGE_TOLERANCE)
+
+    def _compare(
+        self, names: list[str], evaluate: Callable[[], dict[str, tuple[Array, Array]]], tolerance: float
+    ) -> Iterator[Comparison]:
+        """The quantities that `evaluate` gives as pairs (found, recorded)."""
+        try:
+            pairs = evaluate()
+        except (RecordingError, UsageError) as error:
+            for name in names:
+                yield Comparison(name, tolerance, problem=str(error))
+            return
+        if tolerance > TABLE_TOLERANCE:
+            tolerance *= ALLOWANCE[self.pipeline.bundle.manifest.precision]
+        for name in names:
+            found, recorded = pairs[name]
+            if found.shape != recorded.shape:
+                problem = f"is {list(recorded.shape)}, the bundle gives {list(found.shape)}"
+                yield Comparison(name, tolerance, problem=problem)
+                continue
+            difference = np.linalg.norm(found.astype(np.float64) - recorded)
+            yield Comparison(name, tolerance, float(difference / np.linalg.norm(recorded.astype(np.float64))))
+
+    # --- the chain ---------------------------------------------------------------------------------
+
+    def _chain(self) -> Chain:
+        """The bundle's chain, which must be the reference's own: all steps, no noise at the last."""
+        chain = self._target(DecodeOptions(mode="target")).head.chain
+        steps, spec = len(self.reference["betas"]), chain.spec
+        if chain.length != steps or spec.final_std:
+            raise RecordingError(
+                f"the bundle's chain has {chain.length} transitions and final_std {spec.final_std}; the reference's "
+                f"has {steps} and 0: export with --chain stock --steps {steps}"
+            )
+        return chain
+
+    def _chain_tables(self) -> dict[str, tuple[Array, Array]]:
+        chain = self._chain()
+        return {
+            "betas": (_betas(chain), self.reference["betas"]),
+            "timestep_map": (chain.timestep[::-1], self.reference["timestep_map"]),
+        }
+
+    # --- one evaluation ----------------------------------------------------------------------------
+
+    def _conditions(self, count: int) -> dict[str, tuple[Array, Array]]:
+        """Where a token is unknown, z with its label and without."""
+        unknown = self.reference[f"mask_{count}"]
+        images, tokens = unknown.shape
+        if not np.isin(unknown, (0, 1)).all() or (unknown.sum(axis=1) != tokens - count).any():
+            raise RecordingError(f"mask_{count} does not hold 0 for {count} tokens of each image and 1 for the others")
+        order = np.argsort(unknown, axis=1, kind="stable")  # the known places first
+        known = np.array([0, count, tokens])
+        span = Span.of(order, known, np.ones(images, np.int64), 1)
+        pairs = {}
+        dropped = np.full(images, self.pipeline.bundle.manifest.classes)
+        for name, labels in (("z", self._labels()), ("z_uncond", dropped)):
+            session = self.pipeline.session(labels, DecodeOptions(mode="target", guidance=1.0))
+            assert session.target is not None
+            z = session.target.backbone.condition(self.reference.floats("tokens"), span)[0]
+            recorded = self.reference[f"{name}_{count}"][span.owner, span.place]
+            pairs[f"{name}_{count}"] = (z, recorded)
+        return pairs
+
+    def _labels(self) -> IntArray:
+        labels, classes = self.reference["labels"], self.pipeline.bundle.manifest.classes
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
+            raise RecordingError(f"labels are {labels.tolist()}; expected whole numbers from 0 to {classes - 1}")
+        return labels.astype(np.int64)
+
+    def _head(self) -> dict[str, tuple[Array, Array]]:
+        """One transition a row. Coefficients are an engine's input, so they can be chosen to show each part of it."""
+        reference, chain = self.reference, self._chain()
+        row = chain.length - 1 - reference["head_step"]
+        timestep = chain.timestep[row]
+        ones = np.ones(len(row))
+        epsilon, _ = self._evaluate(timestep, np.stack([0 * ones, ones, ones, 0 * ones], axis=1))
+        clean, _ = self._evaluate(
+            timestep, np.stack([chain.prediction_state[row], chain.prediction_epsilon[row], ones, 0 * ones], axis=1)
+        )
+        variances = _variances(chain)
+        mean, std = self._evaluate(timestep, np.concatenate([chain.coefficients[:, :2], variances], axis=1)[row])
+        output = [epsilon]
+        if std is None:
+            std = np.broadcast_to(variances[row, :1], mean.shape)
+        else:
+            _, share = self._evaluate(timestep, np.stack([0 * ones, ones, ones, 2 * ones], axis=1))
+            assert share is not None
+            output.append(np.log(share) - 1)
+        return {
+            "head_timestep": (timestep, reference["head_timestep"]),
+            "head_out": (np.concatenate(output, axis=1), reference["head_out"]),
+            "p_mean": (mean, reference["p_mean"]),
+            "p_log_variance": (2 * np.log(std), reference["p_log_variance"]),
+            "p_xstart": (clean, reference["p_xstart"]),
+        }
+
+    def _evaluate(self, timestep: IntArray, coefficients: FloatArray) -> tuple[FloatArray, FloatArray | None]:
+        """Mean and std of one transition from the recorded states, whose row r has `coefficients [R, 4]`."""
+        state, z = self.reference.floats("head_x"), self.reference.floats("head_c")
+        record = self.pipeline.bundle.manifest.target
+        assert record.head_width is not None
+        table = np.empty((len(state), record.head_width), np.float32)
+        self.pipeline.engine(record, GraphName.TIME_EMBEDDING).bind({"timestep": timestep}, {"time_table": table})()
+        outputs = {name: np.empty_like(state) for name in ("next_state", "mean")}
+        engine = self.pipeline.engine(record, GraphName.DENOISE_STEP)
+        if "std" in engine.outputs:
+            outputs["std"] = np.empty_like(state)
+        inputs = {
+            "state": state,
+            "z": z[None],
+            "guidance": np.ones((1, len(state)), np.float32),
+            "time_table": table,
+            "coefficients": coefficients.astype(np.float32),
+            "step": np.arange(len(state)),
+            "noise": np.zeros_like(state),
+        }
+        engine.bind(inputs, outputs)()
+        return outputs["mean"], outputs.get("std")
+
+    # --- chains and images -------------------------------------------------------------------------
+
+    def _whole_chain(self, kind: str) -> dict[str, tuple[Array, Array]]:
+        self._chain()
+        recording = self.reference.recording()
+        start, noise = self.reference.floats(f"chain_{kind}_xT"), self.reference.floats(f"chain_{kind}_noise")
+        scale = [[1.0]] if kind == "plain" else [[recording.guidance], [1 - recording.guidance]]
+        z = self.reference.floats(f"chain_{kind}_z")
+        if len(z) != len(scale) * len(start):
+            raise RecordingError(f"chain_{kind}_z has {len(z)} rows; expected {len(scale)} for each of {len(start)}")
+        guidance = np.tile(np.array(scale), (1, len(start)))
+        z = z.reshape(len(scale), len(start), -1)
+        head = self._target(DecodeOptions(mode="target", temperature=recording.temperature)).head
+        drawn = head.sample(z, guidance, start, noise[:, : len(start)].swapaxes(0, 1))
+        return {f"chain_{kind}_x": (drawn.path[:, -1], self.reference[f"chain_{kind}_x"])}
+
+    def _image(self, kind: str) -> dict[str, tuple[Array, Array]]:
+        """Whole images by the decoding loop itself, in mode `target`."""
+        self._chain()
+        recording = self.reference.recording()
+        options = DecodeOptions(
+            mode="target",
+            ar_steps=recording.ar_steps,
+            guidance=1.0 if kind == "plain" else recording.guidance,
+            guidance_schedule=recording.schedule,
+            temperature=recording.temperature,
+        )
+        session = self.pipeline.session(self._labels(), options)
+        noise = RecordedNoise.of(self.reference, kind, recording.ar_steps)
+        images = np.arange(len(noise.uniforms))
+        tokens = Decoder(session, noise, images, Counters(), lambda _: None).run()
+        recorded = self.reference[f"image_{kind}"]
+        return {f"image_{kind}": (_unpatchify(tokens, recorded.shape), recorded)}
+
+    def _target(self, options: DecodeOptions) -> Model:
+        target = self.pipeline.session(self._labels(), options).target
+        assert target is not None
+        return target
+
+
+@dataclass(frozen=True)
+class RecordedNoise:
+    """The recorded draws in the place of those that decoding would make."""
+
+    uniforms: FloatArray
+    """`[B, L]` sorting them gives the recorded orders"""
+    chains: FloatArray
+    """`[B, L, n + 1, D]` x_T, then each transition's noise, at the token's place"""
+
+    @classmethod
+    def of(cls, reference: Reference, kind: str, ar_steps: int) -> "RecordedNoise":
+        """The draws of `image_{kind}`: step i's rows run in (image, position) order."""
+        order = reference["orders"][:, ::-1]  # recorded from the token that is masked longest
+        images, tokens = order.shape
+        if order.dtype.kind not in "iu" or not (np.sort(order, axis=1) == np.arange(tokens)).all():
+            raise RecordingError("orders are not permutations of an image's places")
+        known = cosine_schedule(tokens, ar_steps).known
+        chains: FloatArray = np.zeros(0)
+        for step in range(ar_steps):
+            start, noise = reference.floats(f"image_{kind}_xT_{step}"), reference.floats(f"image_{kind}_noise_{step}")
+            place = np.sort(order[:, known[step] : known[step + 1]], axis=1)
+            if place.size != len(start) or noise.shape[1] < len(start):
+                raise RecordingError(
+                    f"image_{kind}_xT_{step} has {len(start)} rows, image_{kind}_noise_{step} {noise.shape[1]}; "
+                    f"expected {place.size}, the tokens of AR step {step + 1} of {ar_steps}"
+                )
+            drawn = np.concatenate([start[None], noise[:, : len(start)]])  # [n + 1, rows, D]
+            if step == 0:
+                chains = np.zeros((images, tokens, *drawn.shape[::2]), np.float32)
+            chains[np.repeat(np.arange(images), place.shape[1]), place.ravel()] = drawn.swapaxes(0, 1)
+        uniforms = np.empty(order.shape)
+        np.put_along_axis(uniforms, order, (np.arange(tokens) + 0.5)[None] / tokens, axis=1)
+        return cls(uniforms, chains)
+
+    def normal(self, image: IntArray, token: IntArray, purpose: Purpose, steps: int, dim: int) -> FloatArray:
+        """As in `Draws`."""
+        if purpose != Purpose.CHAIN or self.chains.shape[2:] != (steps, dim):
+            raise RecordingError(f"the recorded chains are {list(self.chains.shape[2:])}, not {[steps, dim]}")
+        return self.chains[image, token]
+
+    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int) -> FloatArray:  # noqa: ARG002
+        """As in `Draws`."""
+        assert purpose == Purpose.ORDER
+        return self.uniforms[image]
+
+
+def _betas(chain: Chain) -> FloatArray:
+    """`[n]`: the respaced β, least noisy step first."""
+    alpha_bar: FloatArray = 1 / np.square(chain.prediction_state[::-1])
+    return np.asarray(1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]]))
+
+
+def _variances(chain: Chain) -> FloatArray:
+    """`[n, 2]` σ and log σ range before temperature; at the last step too, whose noise the chain leaves out."""
+    variances: FloatArray = chain.coefficients[:, 2:] / np.array([chain.spec.temperature, 1])
+    last = chain.final_density_std / chain.spec.temperature
+    learned = chain.spec.variance == "learned"
+    variances[-1] = last, np.log(_betas(chain)[0]) / 2 - np.log(last) if learned else 0
+    return variances
+
+
+def _unpatchify(tokens: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    """Tokens `[B, L, D]` as latents `[B, C, h, w]` of that shape: raster order, a token's values channel by channel."""
+    _, channels, height, width = shape
+    patch = round((tokens.shape[2] / channels) ** 0.5)
+    grid: Any = (len(tokens), height // patch, width // patch, channels, patch, patch)
+    if tokens.size != np.prod(grid):
+        raise RecordingError(f"the recorded image is {list(shape)}; {list(tokens.shape)} tokens do not tile it")
+    return np.asarray(tokens.reshape(grid).transpose(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width))

@@ -1,0 +1,38 @@
+"""From tokens to pixels: patches laid out as an image, or a decoder's engine run over batches that fit."""
+
+import numpy as np
+
+from specdec_rt.engine import Engine
+from specdec_rt.manifest import Family, ImageLayout
+from specdec_rt.types import Array, FloatArray
+
+__all__ = ["decode_pixels", "lay_patches", "to_bytes"]
+
+PIXELS_PER_CALL = 2**19
+"""What a decoder is given at a time (8 images of 256 x 256): its activations take some 2 kB a pixel."""
+
+
+def lay_patches(tokens: FloatArray, layout: ImageLayout, family: Family) -> FloatArray:
+    """Tokens `[N, L, D]`, each a patch's pixels in the family's order, to images `[N, H, W, C]`."""
+    patch, channels = layout.patch, layout.channels
+    grid = (len(tokens), layout.height // patch, layout.width // patch)
+    if family == "mar":
+        pixels = tokens.reshape(*grid, channels, patch, patch).transpose(0, 1, 4, 2, 5, 3)
+    else:
+        pixels = tokens.reshape(*grid, patch, patch, channels).swapaxes(2, 3)
+    return pixels.reshape(-1, layout.height, layout.width, channels)
+
+
+def decode_pixels(tokens: FloatArray, layout: ImageLayout, decoder: Engine) -> FloatArray:
+    """Tokens `[N, L, D]` to images `[N, H, W, C]`, so many at a time that the decoder's activations fit."""
+    size = max(PIXELS_PER_CALL // (layout.height * layout.width), 1)
+    pixels = np.empty((len(tokens), layout.height, layout.width, layout.channels), np.float32)
+    for begin in range(0, len(tokens), size):
+        some = np.ascontiguousarray(tokens[begin : begin + size])
+        decoder.bind({"tokens": some}, {"pixels": pixels[begin : begin + size]})()
+    return pixels
+
+
+def to_bytes(pixels: FloatArray) -> Array:
+    """Values in [-1, 1] to uint8; what lies outside is clipped."""
+    return np.asarray(np.clip(np.rint((pixels + 1) * 127.5), 0, 255), np.uint8)

@@ -1,0 +1,120 @@
+"""`export.parity`: recorded references through a bundle's engines, and that it fails where it must."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recorder import random_mar, record, save_published
+
+from export.mar import main as export_mar
+from export.parity import main as parity
+from export.replay import replay
+from specdec_rt import load
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    out = tmp_path_factory.mktemp("replay") / "fixture"
+    assert export_mar(["--checkpoint", str(GOLDEN / "mar_reference.pth"), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle):
+    return load(bundle)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    with np.load(GOLDEN / "mar_reference.npz") as arrays:
+        return dict(arrays)
+
+
+def failures(pipeline, arrays, folder):
+    path = folder / "altered.npz"
+    np.savez(path, **arrays)
+    return {comparison.name for comparison in replay(pipeline, path) if not comparison.passed}
+
+
+def test_the_public_references_recording_passes(bundle, capsys):
+    assert parity([str(bundle), str(GOLDEN / "mar_reference.npz")]) == 0
+    assert "19 of 19 quantities passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "failing"),
+    [
+        ("tokens", {"z_16", "z_uncond_16", "z_32", "z_uncond_32", "z_63", "z_uncond_63"}),
+        ("z_uncond_32", {"z_uncond_32"}),
+        ("head_x", {"head_out", "p_mean", "p_log_variance", "p_xstart"}),
+        ("p_log_variance", {"p_log_variance"}),
+        ("betas", {"betas"}),
+        ("chain_plain_xT", {"chain_plain_x"}),
+        ("chain_cfg_x", {"chain_cfg_x"}),
+        ("image_plain_xT_7", {"image_plain"}),
+        ("image_cfg", {"image_cfg"}),
+        ("mask_16", {"z_16", "z_uncond_16"}),
+    ],
+)
+def test_an_array_altered_by_one_percent_is_seen(pipeline, recorded, tmp_path, name, failing):
+    altered = {**recorded, name: recorded[name] * recorded[name].dtype.type(1.01)}
+    assert failures(pipeline, altered, tmp_path) == failing
+
+
+@pytest.mark.parametrize(
+    ("name", "failing"),
+    [
+        ("p_xstart", {"head_timestep", "head_out", "p_mean", "p_log_variance", "p_xstart"}),
+        ("image_plain_noise_3", {"image_plain"}),
+        ("meta", {"chain_plain_x", "chain_cfg_x", "image_plain", "image_cfg"}),
+        ("orders", {"image_plain", "image_cfg"}),
+    ],
+)
+def test_what_is_missing_fails(pipeline, recorded, tmp_path, name, failing):
+    kept = {key: value for key, value in recorded.items() if key != name}
+    assert failures(pipeline, kept, tmp_path) == failing
+
+
+def test_a_reference_without_masks_fails(pipeline, recorded, tmp_path):
+    kept = {key: value for key, value in recorded.items() if not key.startswith("mask_")}
+    assert failures(pipeline, kept, tmp_path) == {"z_K"}
+
+
+def test_the_command_says_no_by_its_exit_code(bundle, recorded, tmp_path, capsys):
+    path = tmp_path / "altered.npz"
+    np.savez(path, **{**recorded, "z_16": recorded["z_16"] * np.float32(1.01)})
+    assert parity([str(bundle), str(path)]) == 1
+    assert "18 of 19 quantities passed" in capsys.readouterr().out
+    (tmp_path / "torn.npz").write_bytes(path.read_bytes()[:1000])
+    assert parity([str(bundle), str(tmp_path / "torn.npz")]) == 2
+    assert parity(["digits", str(path)]) == 2
+    assert "family 'causal'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "recording"),
+    [
+        pytest.param(
+            {},
+            {"steps": 12, "ar_steps": 5, "guidance": 3.5, "schedule": "constant", "temperature": 1.0},
+            id="patch 2, constant guidance",
+        ),
+        pytest.param(
+            {"patch": 1, "stride": 8, "channels": 4, "classes": 3, "buffer": 2},
+            {"steps": 10, "ar_steps": 9, "guidance": 1.5, "schedule": "linear", "temperature": 0.9},
+            id="patch 1, a token a step",
+        ),
+    ],
+)
+def test_models_of_other_sizes_pass(tmp_path, changes, recording):
+    model = random_mar(**changes)
+    save_published(model, tmp_path / "model.pth", num_sampling_steps=str(recording["steps"]))
+    assert export_mar(["--checkpoint", str(tmp_path / "model.pth"), "--out", str(tmp_path / "bundle")]) == 0
+    pipeline = load(tmp_path / "bundle")
+    arrays = record(model, **recording)
+    assert failures(pipeline, arrays, tmp_path) == set()
+    assert failures(pipeline, {**arrays, "image_cfg": arrays["image_cfg"] * np.float32(1.01)}, tmp_path) == {
+        "image_cfg"
+    }
