@@ -14,9 +14,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from export.agreement import graph_outputs, require_agreement, require_precision, torch_outputs
 from export.graphs import DenoiseStepGraph, LogDensityGraph, TimeEmbeddingGraph
 from export.models.head import DiffusionHead
-from export.parity import graph_outputs, require_agreement, require_precision, torch_outputs
 from export.to_onnx import WeightsFile, export_graph, save_weights
 from specdec_rt.bundle import file_sha256, load_bundle
 from specdec_rt.errors import OutputError
@@ -140,8 +140,16 @@ def write_contents(contents: BundleContents, out: Path, *, precision: Precision)
 
 def require_replaceable(out: Path) -> None:
     """Raise OutputError where `out` is something else than a bundle, an empty folder, or nothing yet."""
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not _is_bundle(out) and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} holds something that is no bundle; expected a new folder, or a bundle to replace")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether a bundle of any release lies there; other things are called manifest.json too."""
+    try:
+        return "schema_version" in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def replace_bundle(folder: Path, out: Path) -> None:
@@ -276,11 +284,12 @@ class _Writer:
             export_graph(source.module, source.examples, source.bindings, path, weights)
         expected = torch_outputs(source.module, source.examples)
         found = graph_outputs(path, source.examples, inputs)
-        error = self._errors[path.name] = require_agreement(path, found, expected)
-        notes = f"differs from torch by {error:.1e}"
-        if unrounded is not None:
+        notes = ""
+        if unrounded is not None:  # first: weights that overflow when they are rounded are no fault of the graph
             error = self._rounding[path.name] = require_precision(path, found, unrounded, self._precision)
-            notes += f", from the unrounded model by {error:.1e}"
+            notes = f", from the unrounded model by {error:.1e}"
+        error = self._errors[path.name] = require_agreement(path, found, expected)
+        notes = f"differs from torch by {error:.1e}{notes}"
         _report(path, began, notes)
         return Graph(file=path.name, inputs=inputs, outputs=outputs)
 

@@ -137,14 +137,15 @@ def _require_tensors(path: Path, weights: Mapping[Any, Any]) -> dict[str, Tensor
     return dict(weights)
 
 
-def build_mar(checkpoint: Checkpoint, *, heads: tuple[int, int] | None = None) -> Mar:
+def build_mar(checkpoint: Checkpoint, *, heads: tuple[int, int] | None = None, option: str = "--heads") -> Mar:
     """The MAR model of a checkpoint, in single precision.
 
     Sizes come from the weights, and what the file says of them must agree. `heads` are the encoder's
-    and the decoder's attention heads, for a file that does not say them. Raises CheckpointError where
+    and the decoder's attention heads, for a file that does not say them; `option` is what the user calls
+    them. Raises CheckpointError where
     weights are missing, too many or of another shape, contradict the options, or head counts are unknown.
     """
-    size = _mar_size(checkpoint, heads)
+    size = _mar_size(checkpoint, heads, option)
     tensors = dict(checkpoint.tensors)
     tensors["class_emb.weight"] = tensors["class_emb.weight"][: size.classes]
     with torch.device("meta"):
@@ -165,7 +166,7 @@ def build_vae_decoder(checkpoint: Checkpoint) -> VaeDecoder:
     return decoder
 
 
-def _mar_size(checkpoint: Checkpoint, heads: tuple[int, int] | None) -> MarSize:
+def _mar_size(checkpoint: Checkpoint, heads: tuple[int, int] | None, option: str) -> MarSize:
     shape = checkpoint.shape
     _, tokens, decoder_width = shape("diffusion_pos_embed_learned", 3)
     _, places, encoder_width = shape("encoder_pos_embed_learned", 3)
@@ -184,10 +185,10 @@ def _mar_size(checkpoint: Checkpoint, heads: tuple[int, int] | None) -> MarSize:
         buffer=places - tokens,
         encoder_width=encoder_width,
         encoder_depth=_depth(checkpoint, "encoder_blocks."),
-        encoder_heads=_heads(checkpoint, "encoder", encoder_width, None if heads is None else heads[0]),
+        encoder_heads=_heads(checkpoint, "encoder", encoder_width, None if heads is None else heads[0], option),
         decoder_width=decoder_width,
         decoder_depth=_depth(checkpoint, "decoder_blocks."),
-        decoder_heads=_heads(checkpoint, "decoder", decoder_width, None if heads is None else heads[1]),
+        decoder_heads=_heads(checkpoint, "decoder", decoder_width, None if heads is None else heads[1], option),
         head_width=shape("diffloss.net.input_proj.weight", 2)[0],
         head_depth=_depth(checkpoint, "diffloss.net.res_blocks."),
         learned_variance=outputs == 2 * token_dim,
@@ -228,7 +229,7 @@ def _depth(checkpoint: Checkpoint, prefix: str) -> int:
     return max(len(numbers), 1)
 
 
-def _heads(checkpoint: Checkpoint, part: str, width: int, given: int | None) -> int:
+def _heads(checkpoint: Checkpoint, part: str, width: int, given: int | None, option: str) -> int:
     name = f"{part}_num_heads"
     preset = PRESETS.get(str(checkpoint.args.get("model")))
     if name in checkpoint.args:
@@ -239,11 +240,13 @@ def _heads(checkpoint: Checkpoint, part: str, width: int, given: int | None) -> 
         heads = given
     else:
         known = ", ".join(f"{key} ({size.encoder_heads},{size.decoder_heads})" for key, size in PRESETS.items())
-        raise checkpoint.error(f"args.{name}", "missing", f"a number, or args.model one of {known}", "pass --heads E,D")
+        raise checkpoint.error(
+            f"args.{name}", "missing", f"a number, or args.model one of {known}", f"pass {option} E,D"
+        )
     if given is not None and given != heads:
-        raise checkpoint.error(f"args.{name}", heads, f"{given}, which --heads gives", "leave out --heads")
+        raise checkpoint.error(f"args.{name}", heads, f"{given}, which {option} gives", f"leave out {option}")
     if heads < 1 or width % heads:
-        raise checkpoint.error(f"args.{name}", heads, f"a divisor of the width {width}", "pass the right --heads E,D")
+        raise checkpoint.error(f"args.{name}", heads, f"a divisor of the width {width}", f"pass the right {option} E,D")
     return heads
 
 

@@ -34,7 +34,7 @@ EXACT_T_MAX = 975
 GUIDANCE = {"mar_base": 2.9, "mar_large": 3.0, "mar_huge": 3.2}
 """The published scales."""
 AR_STEPS = 64
-"""What the published evaluation takes where a checkpoint does not say."""
+"""Where a checkpoint does not say: the published code's default (its README's evaluation takes 256)."""
 STEPS = "100"
 
 
@@ -92,7 +92,7 @@ def _read(arguments: argparse.Namespace, name: str, command: str) -> MarPair:
     drafts: dict[str, Mar] = {}
     if arguments.draft is not None:
         checkpoints[DRAFT] = read_checkpoint(arguments.draft, weights=arguments.weights)
-        drafts[DRAFT] = build_mar(checkpoints[DRAFT], heads=arguments.draft_heads)
+        drafts[DRAFT] = build_mar(checkpoints[DRAFT], heads=arguments.draft_heads, option="--draft-heads")
         _require_alike(checkpoints[DRAFT], drafts[DRAFT].size, checkpoints["target"], target.size, chain)
     elif arguments.draft_heads is not None:
         raise UsageError("--draft-heads is given without a draft; add --draft DRAFT.pth")

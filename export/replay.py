@@ -4,28 +4,29 @@ A reference is a `.npz` file of the arrays named in `docs/mar.md`. Sizes, known 
 read from it and from the bundle's manifest, so any file of that form can be replayed.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
-from specdec_rt import DecodeOptions, Pipeline, SpecDecError, UsageError
-from specdec_rt.config import GuidanceSchedule
+from export.reference import RecordingError, Reference
+from specdec_rt import DecodeOptions, Pipeline, UsageError
 from specdec_rt.decode.draft import Model
 from specdec_rt.decode.loop import Decoder
 from specdec_rt.decode.stats import Counters
+from specdec_rt.errors import BackendError
 from specdec_rt.families.span import Span
 from specdec_rt.manifest import GraphName, Precision
 from specdec_rt.noise import Purpose
 from specdec_rt.schedule import Chain, cosine_schedule
 from specdec_rt.types import Array, FloatArray, IntArray
 
-__all__ = ["Comparison", "RecordingError", "replay"]
+__all__ = ["Comparison", "replay"]
 
 TOLERANCE = 1e-4
 """Relative L2 error that single evaluations, and single chains of denoising steps, may show."""
@@ -35,12 +36,6 @@ TABLE_TOLERANCE = 1e-6
 """The same of the chain's own numbers, which are made in double precision."""
 ALLOWANCE: dict[Precision, float] = {"fp32": 1, "fp16": 50, "bf16": 200}
 """How much more may be seen of a model whose weights were rounded."""
-
-
-class RecordingError(SpecDecError):
-    """A reference cannot be replayed; names the array, what was given and what was expected."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -60,56 +55,8 @@ class Comparison:
         return self.error is not None and self.error <= self.tolerance
 
 
-@dataclass(frozen=True)
-class Recording:
-    """How a recorded file was sampled: its string `meta`."""
-
-    ar_steps: int
-    guidance: float
-    schedule: GuidanceSchedule
-    temperature: float
-
-
-class Reference(Mapping[str, Array]):
-    """The arrays of a recorded file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                self._arrays: dict[str, Array] = dict(arrays)
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
-            raise RecordingError(f"{path} cannot be read as .npz ({error}); expected a recorded reference") from error
-
-    def __getitem__(self, name: str) -> Array:
-        if name not in self._arrays:
-            raise RecordingError(f"{self._path} has no array {name!r}")
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
-
-    def floats(self, name: str) -> FloatArray:
-        """The array, float32."""
-        return np.ascontiguousarray(self[name], np.float32)
-
-    def recording(self) -> Recording:
-        """What `meta` says."""
-        text = str(np.ravel(self["meta"])[0])
-        fields = dict(re.findall(r"(\w+)=(\S+)", text))
-        try:
-            schedule = fields["cfg_schedule"]
-            if schedule not in ("linear", "constant"):
-                raise ValueError(f"cfg_schedule is {schedule!r}")
-            return Recording(int(fields["ar_steps"]), float(fields["cfg"]), schedule, float(fields["temperature"]))
-        except (KeyError, ValueError) as error:
-            raise RecordingError(
-                f"{self._path}: meta is {text!r} ({error}); expected "
-                "'ar_steps=8 cfg=2.9 cfg_schedule=linear temperature=0.95' with values of its own"
-            ) from error
+Found = Mapping[str, tuple[Array, Callable[[], Array]]]
+"""What the engines gave for each quantity, and what looks up the recorded value."""
 
 
 def replay(pipeline: Pipeline, path: Path) -> list[Comparison]:
@@ -142,26 +89,25 @@ class _Replay:
         yield from self._compare(["image_plain"], lambda: self._image("plain"), IMAGE_TOLERANCE)
         yield from self._compare(["image_cfg"], lambda: self._image("cfg"), IMAGE_TOLERANCE)
 
-    def _compare(
-        self, names: list[str], evaluate: Callable[[], dict[str, tuple[Array, Array]]], tolerance: float
-    ) -> Iterator[Comparison]:
-        """The quantities that `evaluate` gives as pairs (found, recorded)."""
+    def _compare(self, names: list[str], evaluate: Callable[[], Found], tolerance: float) -> Iterator[Comparison]:
+        """The quantities `names`, which one evaluation gives."""
+        if tolerance > TABLE_TOLERANCE:
+            tolerance *= ALLOWANCE[self.pipeline.bundle.manifest.precision]
         try:
-            pairs = evaluate()
-        except (RecordingError, UsageError) as error:
+            found = evaluate()
+        except (RecordingError, UsageError, BackendError) as error:
             for name in names:
                 yield Comparison(name, tolerance, problem=str(error))
             return
-        if tolerance > TABLE_TOLERANCE:
-            tolerance *= ALLOWANCE[self.pipeline.bundle.manifest.precision]
         for name in names:
-            found, recorded = pairs[name]
-            if found.shape != recorded.shape:
-                problem = f"is {list(recorded.shape)}, the bundle gives {list(found.shape)}"
-                yield Comparison(name, tolerance, problem=problem)
-                continue
-            difference = np.linalg.norm(found.astype(np.float64) - recorded)
-            yield Comparison(name, tolerance, float(difference / np.linalg.norm(recorded.astype(np.float64))))
+            given, look_up = found[name]
+            try:
+                yield Comparison(name, tolerance, _relative_error(name, given, look_up()))
+            except RecordingError as error:
+                yield Comparison(name, tolerance, problem=str(error))
+
+    def _with_recorded(self, found: Mapping[str, Array]) -> Found:
+        return {name: (value, partial(self.reference.__getitem__, name)) for name, value in found.items()}
 
     # --- the chain ---------------------------------------------------------------------------------
 
@@ -176,44 +122,44 @@ class _Replay:
             )
         return chain
 
-    def _chain_tables(self) -> dict[str, tuple[Array, Array]]:
+    def _chain_tables(self) -> Found:
         chain = self._chain()
-        return {
-            "betas": (_betas(chain), self.reference["betas"]),
-            "timestep_map": (chain.timestep[::-1], self.reference["timestep_map"]),
-        }
+        return self._with_recorded({"betas": _betas(chain), "timestep_map": chain.timestep[::-1]})
 
     # --- one evaluation ----------------------------------------------------------------------------
 
-    def _conditions(self, count: int) -> dict[str, tuple[Array, Array]]:
+    def _conditions(self, count: int) -> Found:
         """Where a token is unknown, z with its label and without."""
-        unknown = self.reference[f"mask_{count}"]
-        images, tokens = unknown.shape
-        if not np.isin(unknown, (0, 1)).all() or (unknown.sum(axis=1) != tokens - count).any():
+        manifest, labels = self.pipeline.bundle.manifest, self._labels()
+        images = len(labels)
+        unknown = self.reference.whole(f"mask_{count}", images, manifest.tokens, below=2)
+        tokens = self.reference.floats("tokens", images, manifest.tokens, manifest.token_dim)
+        if (unknown.sum(axis=1) != manifest.tokens - count).any():
             raise RecordingError(f"mask_{count} does not hold 0 for {count} tokens of each image and 1 for the others")
+        if count == manifest.tokens:
+            nothing = np.zeros(0)  # no token is unknown: there is nothing to compare
+            return {name: (nothing, lambda: nothing) for name in (f"z_{count}", f"z_uncond_{count}")}
         order = np.argsort(unknown, axis=1, kind="stable")  # the known places first
-        known = np.array([0, count, tokens])
-        span = Span.of(order, known, np.ones(images, np.int64), 1)
-        pairs = {}
-        dropped = np.full(images, self.pipeline.bundle.manifest.classes)
-        for name, labels in (("z", self._labels()), ("z_uncond", dropped)):
-            session = self.pipeline.session(labels, DecodeOptions(mode="target", guidance=1.0))
+        span = Span.of(order, np.array([0, count, manifest.tokens]), np.ones(images, np.int64), 1)
+        found = {}
+        for name, of in ((f"z_{count}", labels), (f"z_uncond_{count}", np.full(images, manifest.classes))):
+            session = self.pipeline.session(of, DecodeOptions(mode="target", guidance=1.0))
             assert session.target is not None
-            z = session.target.backbone.condition(self.reference.floats("tokens"), span)[0]
-            recorded = self.reference[f"{name}_{count}"][span.owner, span.place]
-            pairs[f"{name}_{count}"] = (z, recorded)
-        return pairs
+            z = session.target.backbone.condition(tokens, span)[0]
+            shape = (images, manifest.tokens, z.shape[1])
+            found[name] = (z, partial(self._at, name, shape, span))
+        return found
+
+    def _at(self, name: str, shape: tuple[int, ...], span: Span) -> Array:
+        return self.reference.floats(name, *shape)[span.owner, span.place]
 
     def _labels(self) -> IntArray:
-        labels, classes = self.reference["labels"], self.pipeline.bundle.manifest.classes
-        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
-            raise RecordingError(f"labels are {labels.tolist()}; expected whole numbers from 0 to {classes - 1}")
-        return labels.astype(np.int64)
+        return self.reference.whole("labels", None, below=self.pipeline.bundle.manifest.classes)
 
-    def _head(self) -> dict[str, tuple[Array, Array]]:
+    def _head(self) -> Found:
         """One transition a row. Coefficients are an engine's input, so they can be chosen to show each part of it."""
-        reference, chain = self.reference, self._chain()
-        row = chain.length - 1 - reference["head_step"]
+        chain = self._chain()
+        row = chain.length - 1 - self.reference.whole("head_step", None, below=chain.length)
         timestep = chain.timestep[row]
         ones = np.ones(len(row))
         epsilon, _ = self._evaluate(timestep, np.stack([0 * ones, ones, ones, 0 * ones], axis=1))
@@ -229,18 +175,22 @@ class _Replay:
             _, share = self._evaluate(timestep, np.stack([0 * ones, ones, ones, 2 * ones], axis=1))
             assert share is not None
             output.append(np.log(share) - 1)
-        return {
-            "head_timestep": (timestep, reference["head_timestep"]),
-            "head_out": (np.concatenate(output, axis=1), reference["head_out"]),
-            "p_mean": (mean, reference["p_mean"]),
-            "p_log_variance": (2 * np.log(std), reference["p_log_variance"]),
-            "p_xstart": (clean, reference["p_xstart"]),
-        }
+        return self._with_recorded(
+            {
+                "head_timestep": timestep,
+                "head_out": np.concatenate(output, axis=1),
+                "p_mean": mean,
+                "p_log_variance": 2 * np.log(std),
+                "p_xstart": clean,
+            }
+        )
 
     def _evaluate(self, timestep: IntArray, coefficients: FloatArray) -> tuple[FloatArray, FloatArray | None]:
         """Mean and std of one transition from the recorded states, whose row r has `coefficients [R, 4]`."""
-        state, z = self.reference.floats("head_x"), self.reference.floats("head_c")
-        record = self.pipeline.bundle.manifest.target
+        manifest = self.pipeline.bundle.manifest
+        record, rows = manifest.target, len(timestep)
+        state = self.reference.floats("head_x", rows, manifest.token_dim)
+        z = self.reference.floats("head_c", rows, record.z_dim)
         assert record.head_width is not None
         table = np.empty((len(state), record.head_width), np.float32)
         self.pipeline.engine(record, GraphName.TIME_EMBEDDING).bind({"timestep": timestep}, {"time_table": table})()
@@ -262,24 +212,28 @@ class _Replay:
 
     # --- chains and images -------------------------------------------------------------------------
 
-    def _whole_chain(self, kind: str) -> dict[str, tuple[Array, Array]]:
-        self._chain()
-        recording = self.reference.recording()
-        start, noise = self.reference.floats(f"chain_{kind}_xT"), self.reference.floats(f"chain_{kind}_noise")
+    def _whole_chain(self, kind: str) -> Found:
+        chain, manifest, recording = self._chain(), self.pipeline.bundle.manifest, self.reference.recording()
+        start = self.reference.floats(f"chain_{kind}_xT", None, manifest.token_dim)
         scale = [[1.0]] if kind == "plain" else [[recording.guidance], [1 - recording.guidance]]
-        z = self.reference.floats(f"chain_{kind}_z")
-        if len(z) != len(scale) * len(start):
-            raise RecordingError(f"chain_{kind}_z has {len(z)} rows; expected {len(scale)} for each of {len(start)}")
-        guidance = np.tile(np.array(scale), (1, len(start)))
-        z = z.reshape(len(scale), len(start), -1)
+        doubled = len(scale) * len(start)
+        z = self.reference.floats(f"chain_{kind}_z", doubled, manifest.target.z_dim)
+        noise = self.reference.floats(f"chain_{kind}_noise", chain.length, None, manifest.token_dim)
+        if noise.shape[1] < len(start):
+            raise RecordingError(f"chain_{kind}_noise has {noise.shape[1]} rows; expected {doubled}")
         head = self._target(DecodeOptions(mode="target", temperature=recording.temperature)).head
-        drawn = head.sample(z, guidance, start, noise[:, : len(start)].swapaxes(0, 1))
-        return {f"chain_{kind}_x": (drawn.path[:, -1], self.reference[f"chain_{kind}_x"])}
+        drawn = head.sample(
+            z.reshape(len(scale), len(start), -1),
+            np.tile(np.array(scale), (1, len(start))),
+            start,
+            noise[:, : len(start)].swapaxes(0, 1),
+        )
+        return self._with_recorded({f"chain_{kind}_x": drawn.path[:, -1]})
 
-    def _image(self, kind: str) -> dict[str, tuple[Array, Array]]:
+    def _image(self, kind: str) -> Found:
         """Whole images by the decoding loop itself, in mode `target`."""
         self._chain()
-        recording = self.reference.recording()
+        recording, labels = self.reference.recording(), self._labels()
         options = DecodeOptions(
             mode="target",
             ar_steps=recording.ar_steps,
@@ -287,15 +241,16 @@ class _Replay:
             guidance_schedule=recording.schedule,
             temperature=recording.temperature,
         )
-        session = self.pipeline.session(self._labels(), options)
-        noise = RecordedNoise.of(self.reference, kind, recording.ar_steps)
-        images = np.arange(len(noise.uniforms))
-        tokens = Decoder(session, noise, images, Counters(), lambda _: None).run()
-        recorded = self.reference[f"image_{kind}"]
-        return {f"image_{kind}": (_unpatchify(tokens, recorded.shape), recorded)}
+        session = self.pipeline.session(labels, options)
+        manifest = self.pipeline.bundle.manifest
+        shape = (len(labels), manifest.tokens, manifest.token_dim)
+        noise = RecordedNoise.of(self.reference, kind, recording.ar_steps, shape)
+        tokens = Decoder(session, noise, np.arange(len(labels)), Counters(), lambda _: None).run()
+        recorded = self.reference.floats(f"image_{kind}", None, None, None, None)
+        return self._with_recorded({f"image_{kind}": _unpatchify(tokens, recorded.shape)})
 
     def _target(self, options: DecodeOptions) -> Model:
-        target = self.pipeline.session(self._labels(), options).target
+        target = self.pipeline.session(np.zeros(1, np.int64), options).target
         assert target is not None
         return target
 
@@ -310,16 +265,18 @@ class RecordedNoise:
     """`[B, L, n + 1, D]` x_T, then each transition's noise, at the token's place"""
 
     @classmethod
-    def of(cls, reference: Reference, kind: str, ar_steps: int) -> "RecordedNoise":
-        """The draws of `image_{kind}`: step i's rows run in (image, position) order."""
-        order = reference["orders"][:, ::-1]  # recorded from the token that is masked longest
-        images, tokens = order.shape
-        if order.dtype.kind not in "iu" or not (np.sort(order, axis=1) == np.arange(tokens)).all():
+    def of(cls, reference: Reference, kind: str, ar_steps: int, shape: tuple[int, int, int]) -> "RecordedNoise":
+        """The draws of `image_{kind}`, tokens of `shape [B, L, D]`: step i's rows run in (image, position) order."""
+        images, tokens, dim = shape
+        # Recorded from the token that is masked longest.
+        order = reference.whole("orders", images, tokens, below=tokens)[:, ::-1]
+        if not (np.sort(order, axis=1) == np.arange(tokens)).all():
             raise RecordingError("orders are not permutations of an image's places")
         known = cosine_schedule(tokens, ar_steps).known
         chains: FloatArray = np.zeros(0)
         for step in range(ar_steps):
-            start, noise = reference.floats(f"image_{kind}_xT_{step}"), reference.floats(f"image_{kind}_noise_{step}")
+            start = reference.floats(f"image_{kind}_xT_{step}", None, dim)
+            noise = reference.floats(f"image_{kind}_noise_{step}", None, None, dim)
             place = np.sort(order[:, known[step] : known[step + 1]], axis=1)
             if place.size != len(start) or noise.shape[1] < len(start):
                 raise RecordingError(
@@ -328,7 +285,11 @@ class RecordedNoise:
                 )
             drawn = np.concatenate([start[None], noise[:, : len(start)]])  # [n + 1, rows, D]
             if step == 0:
-                chains = np.zeros((images, tokens, *drawn.shape[::2]), np.float32)
+                chains = np.zeros((images, tokens, len(drawn), dim), np.float32)
+            if len(drawn) != chains.shape[2]:
+                raise RecordingError(
+                    f"image_{kind}_noise_{step} has {len(noise)} steps, the first {chains.shape[2] - 1}"
+                )
             chains[np.repeat(np.arange(images), place.shape[1]), place.ravel()] = drawn.swapaxes(0, 1)
         uniforms = np.empty(order.shape)
         np.put_along_axis(uniforms, order, (np.arange(tokens) + 0.5)[None] / tokens, axis=1)
@@ -344,6 +305,19 @@ class RecordedNoise:
         """As in `Draws`."""
         assert purpose == Purpose.ORDER
         return self.uniforms[image]
+
+
+def _relative_error(name: str, found: Array, recorded: Array) -> float:
+    """Relative L2 error; of recorded zeros, 0 where they were found."""
+    if found.shape != recorded.shape or recorded.dtype.kind not in "biuf":
+        raise RecordingError(
+            f"{name} is {recorded.dtype} {list(recorded.shape)}; the bundle gives numbers {list(found.shape)}"
+        )
+    wanted = recorded.astype(np.float64)
+    difference, size = np.linalg.norm(found.astype(np.float64) - wanted), np.linalg.norm(wanted)
+    if difference == 0:
+        return 0.0
+    return float(difference / size) if size > 0 else math.inf
 
 
 def _betas(chain: Chain) -> FloatArray:
@@ -364,7 +338,8 @@ def _variances(chain: Chain) -> FloatArray:
 def _unpatchify(tokens: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     """Tokens `[B, L, D]` as latents `[B, C, h, w]` of that shape: raster order, a token's values channel by channel."""
     _, channels, height, width = shape
-    patch = round((tokens.shape[2] / channels) ** 0.5)
+    channels = max(channels, 1)
+    patch = max(round((tokens.shape[2] / channels) ** 0.5), 1)
     grid: Any = (len(tokens), height // patch, width // patch, channels, patch, patch)
     if tokens.size != np.prod(grid):
         raise RecordingError(f"the recorded image is {list(shape)}; {list(tokens.shape)} tokens do not tile it")

@@ -29,7 +29,7 @@ class DecodeOptions:
     draft_length: int | None = None
     """γ, AR steps drafted per round: tokens in a causal family, sets of tokens in MAR's"""
     draft_steps: int | None = None
-    """head evaluations per drafted token; None evaluates every step (a third of them for "self")"""
+    """head evaluations per drafted token; None evaluates every step (two in five of them for "self")"""
     tau: float = 1.0
     """τ, the temperature of `paper` mode's acceptance; 1 is the published criterion"""
     prefill: float | None = None

@@ -132,7 +132,10 @@ class Pipeline:
                 progress(done, len(labels) * tokens_each)
 
         with self._turn:
-            first = self.session(labels[:1], options)  # makes the engines that are still missing, before the clock runs
+            # Engines that are still missing are made before the clock runs, and before work that they might waste.
+            first = self.session(labels[:1], options)
+            if self.bundle.manifest.decoder is not None:
+                self._graph_engine(self.bundle.manifest.decoder.graph)
             started = time.perf_counter()
             parts = [
                 Decoder(self.session(labels[i : i + size], options), noise, keys[i : i + size], counters, tell).run()
@@ -175,9 +178,11 @@ class Pipeline:
             names = ", ".join([*manifest.drafts, SELF_DRAFT])
             raise UsageError(f"draft is {draft!r}; bundle {manifest.name!r} has {names}")
         if self_draft and mode in ("paper", "draft"):
-            others = f", or one of the drafts {', '.join(manifest.drafts)}" if manifest.drafts else ""
+            others = ", ".join(manifest.drafts)
             raise UsageError(
-                f"draft 'self' has no model of its own, so mode {mode!r} cannot use it; take mode 'exact'{others}"
+                f"draft 'self' has no model of its own, so mode {mode!r} cannot use it; take "
+                + (f"one of the drafts {others}" if others else "mode 'target', or export again with a draft")
+                + ("" if chain.refusal() else ", or mode 'exact'")
             )
         if self_draft and options.draft_length not in (None, 1):
             raise UsageError(f"draft_length is {options.draft_length}; draft 'self' proposes 1 AR step per round")

@@ -10,7 +10,6 @@ from rich.text import Text
 from specdec_rt.bundle import Bundle
 from specdec_rt.config import Mode
 from specdec_rt.decode.stats import Stats
-from specdec_rt.errors import ChainError
 from specdec_rt.manifest import Binding, Manifest, Model
 from specdec_rt.schedule import Chain, compile_chain
 
@@ -19,7 +18,7 @@ __all__ = ["bundle_record", "bundle_report", "stats_table"]
 DISTRIBUTION: dict[Mode, str] = {
     "exact": "exactly the target's distribution",
     "paper": "close to the target's distribution, not equal to it",
-    "target": "the target alone, token by token",
+    "target": "the target alone",
     "draft": "the draft alone, not the target's distribution",
 }
 
@@ -57,7 +56,9 @@ def bundle_record(bundle: Bundle) -> dict[str, object]:
         "classes": manifest.classes,
         "image": plain["image"],
         "chain": {**plain["chain"], "transitions": chain.length},
-        "modes": {mode: {"works": refusal is None, "why_not": refusal} for mode, refusal in _modes(chain).items()},
+        "modes": {
+            mode: {"works": refusal is None, "why_not": refusal} for mode, refusal in _modes(manifest, chain).items()
+        },
         "defaults": plain["defaults"],
         "models": {owner: _model_record(model, sizes) for owner, model in owners.items()},
         "decoder": plain["decoder"],
@@ -78,7 +79,7 @@ def bundle_report(bundle: Bundle) -> RenderableType:
         "chain": f"{chain.length} transitions\n{_lines(manifest.model_dump()['chain'])}",
         "defaults": _lines(manifest.defaults.model_dump()),
     }
-    for mode, refusal in _modes(chain).items():
+    for mode, refusal in _modes(manifest, chain).items():
         rows[f"mode {mode}"] = f"no: {refusal}" if refusal else DISTRIBUTION[mode]
     rows["size"] = _size(sum((bundle.folder / name).stat().st_size for name in manifest.files))
     models = [_model_table("target", manifest.target, bundle)]
@@ -96,14 +97,10 @@ def _image(manifest: Manifest) -> str:
     return f"{layout.height} x {layout.width} x {layout.channels}, patches of {layout.patch}{made}"
 
 
-def _modes(chain: Chain) -> dict[Mode, str | None]:
-    """Why each mode cannot work on the chain; None where it can."""
-    refusal = None
-    try:
-        chain.require_density_ratio()
-    except ChainError as error:
-        refusal = str(error)
-    return {"exact": refusal, "paper": None, "target": None, "draft": None}
+def _modes(manifest: Manifest, chain: Chain) -> dict[Mode, str | None]:
+    """Why each mode cannot work on the bundle; None where it can."""
+    undrafted = None if manifest.drafts else "the bundle has no draft model; export it again with one"
+    return {"exact": chain.refusal(), "paper": undrafted, "target": None, "draft": undrafted}
 
 
 def _model_record(model: Model, sizes: dict[str, int]) -> dict[str, object]:

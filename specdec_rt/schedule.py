@@ -112,24 +112,31 @@ class Chain:
         """`[n]` factor of ‖ε̂_q - ε̂_p‖² in the KL divergence of two paths: b²/(2σ²)."""
         return self.epsilon_coefficient**2 / (2 * self.std**2)
 
-    def require_density_ratio(self) -> None:
-        """Raise ChainError, naming the field, where path densities do not exist or cannot be compared."""
+    def refusal(self) -> str | None:
+        """Why path densities do not exist or cannot be compared, naming the field; None where they can."""
         spec = self.spec
         if spec.variance == "learned":
-            raise ChainError(
+            return (
                 "mode 'exact' needs equal variances in draft and target, but chain.variance is 'learned'; "
-                "export with a fixed-variance chain (variance = 'large'), or use mode 'paper'"
+                "export with a fixed-variance chain (for MAR: --chain exact)"
             )
         if spec.t_max == TRAINING_STEPS - 1:
-            raise ChainError(
+            return (
                 f"mode 'exact' cannot work on a chain that starts at chain.t_max = {spec.t_max}: the step out of "
                 "pure noise makes acceptance 0; export with t_max of about 975"
             )
         if np.any(self.std <= 0):
-            raise ChainError(
+            return (
                 f"mode 'exact' needs noise in every transition, but chain.final_std is {spec.final_std}; "
                 "export with final_std of about 0.1 (or the clipped posterior's, about 0.006)"
             )
+        return None
+
+    def require_density_ratio(self) -> None:
+        """Raise ChainError where `refusal` gives a reason."""
+        refusal = self.refusal()
+        if refusal is not None:
+            raise ChainError(refusal)
 
 
 def cosine_alpha_bar() -> FloatArray:
@@ -142,7 +149,7 @@ def cosine_alpha_bar() -> FloatArray:
 
 def compile_chain(spec: ChainSpec) -> Chain:
     """Respace the cosine schedule to `spec` and tabulate its transitions (float64)."""
-    timesteps = np.array([round(i * spec.t_max / (spec.steps - 1)) for i in range(spec.steps)], dtype=np.int64)
+    timesteps = _spread(spec.steps, spec.t_max)
     alpha_bar = cosine_alpha_bar()[timesteps]
     previous = np.concatenate([[1.0], alpha_bar[:-1]])
     beta = 1 - alpha_bar / previous
@@ -180,6 +187,18 @@ def compile_chain(spec: ChainSpec) -> Chain:
         prediction_epsilon=prediction_epsilon[kept].copy(),
         final_density_std=(spec.final_std or clipped_std) * spec.temperature,
     )
+
+
+def _spread(steps: int, t_max: int) -> IntArray:
+    """`[steps]` training steps from 0 to `t_max`: a stride added up and rounded, as IDDPM does.
+
+    Multiplying instead would round some ties the other way.
+    """
+    stride, at, timesteps = t_max / (steps - 1), 0.0, []
+    for _ in range(steps):
+        timesteps.append(round(at))
+        at += stride
+    return np.array(timesteps, np.int64)
 
 
 @dataclass(frozen=True, slots=True)

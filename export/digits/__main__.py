@@ -58,23 +58,26 @@ def write(pair: CausalPair | MarPair, out: Path) -> None:
 def main() -> None:
     """Run every stage that is not done yet."""
     parser = argparse.ArgumentParser(prog="python -m export.digits", description=__doc__)
-    parser.add_argument("--family", choices=WORK, default="causal", help="which pair to train (default: %(default)s)")
+    parser.add_argument("--family", choices=WORK, help="which pair to train (default: causal)")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder, replaced as a whole")
     parser.add_argument(
-        "--from-bundle", type=Path, help="take trained weights from this bundle: export and evaluate only"
+        "--from-bundle", type=Path, help="take weights and family from this bundle: export and evaluate only"
     )
     parser.add_argument("--work", type=Path, help="checkpoints, kept to resume from (default: work/digits[-mar])")
     parser.add_argument("--data", type=Path, default=Path(".data"), help="where the data set is kept")
     parser.add_argument("--classifier", type=Path, help="also write the classifier that judges, as ONNX")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    if arguments.from_bundle and arguments.family:
+        parser.error("--from-bundle takes the family from the bundle; leave out --family")
+    family = arguments.family or "causal"
     arguments.out = arguments.out.resolve()
     try:
         require_replaceable(arguments.out)
     except OutputError as error:
         parser.error(str(error))
     torch.set_num_threads(arguments.threads)
-    work = arguments.work or WORK[arguments.family]
+    work = arguments.work or WORK[family]
     work.mkdir(parents=True, exist_ok=True)
     data = load_digits(arguments.data)
     columns = (
@@ -85,7 +88,7 @@ def main() -> None:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         source = arguments.from_bundle
-        pair = read(source) if source else train(arguments.family, data, work, progress)
+        pair = read(source) if source else train(family, data, work, progress)
         classifier = train_classifier(data, CLASSIFIER_FIT, work / "classifier.pt", progress)
         if arguments.classifier:
             export_classifier(classifier, arguments.classifier)

@@ -6,7 +6,7 @@ import torch
 from rich.progress import Progress
 
 from export.digits.causal_pair import CHAIN, provenance
-from export.digits.data import CLASSES, PATCH, SIDE, TOKENS, Digits
+from export.digits.data import CLASSES, PATCH, SIDE, Digits
 from export.digits.distil import distil_adapter
 from export.digits.training import FitOptions, Masked, denoising_loss, fit
 from export.mar_models import MarPair
@@ -17,7 +17,7 @@ from specdec_rt.schedule import compile_chain
 __all__ = ["train_mar_pair"]
 
 DEFAULTS = Defaults(
-    mode="exact", draft="adapter", draft_length=4, guidance=1.5, guidance_schedule="constant", ar_steps=TOKENS
+    mode="exact", draft="adapter", draft_length=4, guidance=2.5, guidance_schedule="constant", ar_steps=24
 )
 
 TASK = Masked()

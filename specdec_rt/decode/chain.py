@@ -14,6 +14,8 @@ __all__ = ["Head", "Trajectory"]
 
 KEPT_SHAPES = 32
 """Batch shapes whose buffers are kept for the next call."""
+STATES_PER_CALL = 2**14
+"""States (a path's, in every guidance branch) verified at a time: activations take some 70 bytes × width each."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,20 @@ class Head:
         return Trajectory(buffers.path.swapaxes(0, 1).copy(), buffers.mean.swapaxes(0, 1).copy(), std)
 
     def means(self, path: FloatArray, z: FloatArray, guidance: FloatArray) -> FloatArray:
-        """`[R, n, D]`: the mean of every transition out of the states of `path [R, n + 1, D]`, in one call."""
-        buffers = self._density(z.shape[0], len(path))
-        buffers.path[:], buffers.z[:], buffers.guidance[:] = path, z, guidance
-        buffers.call()
-        _require_finite(buffers.mean, "log_density")
-        return buffers.mean.copy()
+        """`[R, n, D]`: the mean of every transition out of the states of `path [R, n + 1, D]`.
+
+        One batched call, or several where a batch is so large that its activations might not fit.
+        """
+        size = max(STATES_PER_CALL // (z.shape[0] * self.chain.length), 1)
+        mean = np.empty((len(path), self.chain.length, self.token_dim), np.float32)
+        for begin in range(0, len(path), size):
+            rows = slice(begin, begin + size)
+            buffers = self._density(z.shape[0], len(path[rows]))
+            buffers.path[:], buffers.z[:], buffers.guidance[:] = path[rows], z[:, rows], guidance[:, rows]
+            buffers.call()
+            mean[rows] = buffers.mean
+        _require_finite(mean, "log_density")
+        return mean
 
     def _predict_clean(self, buffers: _StepBuffers, step: int) -> Array:
         chain = self.chain

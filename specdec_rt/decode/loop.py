@@ -99,7 +99,8 @@ class Decoder:
         lead = session.target or session.draft
         assert lead is not None
         self._head = lead.head
-        self._order = self._draw_order()
+        self.order = self._draw_order()
+        """`[B, L]` each image's places in the order in which they are predicted"""
         self._fed = np.zeros((len(images), plan.tokens, lead.head.token_dim), np.float32)
         self._shown = np.zeros_like(self._fed)
         self._step = np.zeros(len(images), np.int64)
@@ -247,7 +248,6 @@ class Decoder:
     # --- the batch's state -------------------------------------------------------------------------
 
     def _draw_order(self) -> IntArray:
-        """`[B, L]` the images' places in the order in which they are predicted."""
         plan, images = self._plan, self._images
         if not plan.random_order:
             return np.tile(np.arange(plan.tokens), (len(images), 1))
@@ -256,7 +256,7 @@ class Decoder:
 
     def _span(self, length: int) -> Span:
         """The next AR steps of the active images."""
-        return Span.of(self._order[self._active], self._plan.schedule.known, self._step[self._active], length)
+        return Span.of(self.order[self._active], self._plan.schedule.known, self._step[self._active], length)
 
     def _store(self, span: Span, rows: BoolArray | IntArray | slice, token: FloatArray, mean: FloatArray) -> None:
         image, place = self._active[span.owner[rows]], span.place[rows]

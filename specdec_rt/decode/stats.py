@@ -17,7 +17,7 @@ class Counters:
     drafted: int = 0
     accepted: int = 0
     rejected: int = 0
-    """first rejections: drafts after one are dropped unjudged"""
+    """rejections in the first AR step that has one; drafts after that are dropped unjudged"""
     target_backbone_calls: int = 0
     draft_backbone_calls: int = 0
     sequential_head_calls: int = 0
@@ -36,9 +36,9 @@ class Stats:
     """tokens that the draft proposed"""
     accepted: int
     rejected: int
-    """first rejections; drafts after one are dropped unjudged"""
+    """rejections in a round's first AR step that has one; drafts after that are dropped unjudged"""
     acceptance_rate: float | None
-    """accepted / (accepted + first rejections)"""
+    """accepted / (accepted + rejected)"""
     tokens_per_round: float | None
     target_backbone_calls: int
     draft_backbone_calls: int

@@ -1,13 +1,13 @@
-"""Records a reference of a small random MAR, by plain torch code that shares nothing with the runtime's loop."""
+"""Records a reference of a small random MAR, by plain torch code that shares nothing with the runtime."""
 
 import argparse
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from export.models.mar import Mar, MarSize, visible_set
-from specdec_rt.schedule import ChainSpec, compile_chain
 
 __all__ = ["random_mar", "record", "save_published"]
 
@@ -41,12 +41,48 @@ def save_published(model, path, **options):
     torch.save({"model": model.state_dict(), "model_ema": model.state_dict(), "epoch": 1, "args": args}, path)
 
 
+class Chain:
+    """IDDPM's respaced chain; index 0 is its least noisy step."""
+
+    def __init__(self, steps):
+        stride, at, timesteps = 999 / (steps - 1), 0.0, []
+        for _ in range(steps):
+            timesteps.append(round(at))
+            at += stride
+        self.timestep = torch.tensor(timesteps)
+        curve = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(1001)]
+        kept = torch.tensor([1 - min(1 - after / before, 0.999) for before, after in pairwise(curve)]).double()
+        self.alpha_bar = kept.cumprod(0)[self.timestep]
+        self.previous = torch.cat([torch.ones(1), self.alpha_bar[:-1]])
+        self.beta = 1 - self.alpha_bar / self.previous
+        posterior = self.beta * (1 - self.previous) / (1 - self.alpha_bar)
+        self.low, self.high = torch.cat([posterior[1:2], posterior[1:]]).log(), self.beta.log()
+
+    def __len__(self):
+        return len(self.timestep)
+
+    def clean(self, step, state, epsilon):
+        """x̂₀ at `step [R]`."""
+        alpha_bar = self.alpha_bar[step, None]
+        return (state - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
+
+    def mean(self, step, state, epsilon):
+        """The posterior's mean, given x̂₀."""
+        beta, alpha_bar, previous = (x[step, None] for x in (self.beta, self.alpha_bar, self.previous))
+        of_clean, of_state = beta * previous.sqrt(), (1 - previous) * (1 - beta).sqrt()
+        return (of_clean * self.clean(step, state, epsilon) + of_state * state) / (1 - alpha_bar)
+
+    def log_variance(self, step, share):
+        """Between the posterior's and β, as the head says."""
+        low, high = self.low[step, None], self.high[step, None]
+        return low + (high - low) * (share + 1) / 2
+
+
 class Recorder:
     """The model, the respaced chain, and where its draws come from."""
 
     def __init__(self, model, steps):
-        self.model, self.size = model, model.size
-        self.chain = compile_chain(ChainSpec(steps=steps, variance="learned"))
+        self.model, self.size, self.chain = model, model.size, Chain(steps)
         self.draw = torch.Generator().manual_seed(1)
 
     def normal(self, *shape):
@@ -56,23 +92,23 @@ class Recorder:
         label = torch.full_like(label, self.size.classes) if dropped else label
         return self.model(tokens, *visible_set(mask), label)
 
-    def transition(self, z, state, row):
-        """Prediction, mean, log variance and x̂₀ of `state [R, D]` at transition `row [R]`, z `[R, Z]`."""
-        head, chain = self.model.head, self.chain
-        condition = head.time_embed(torch.from_numpy(chain.timestep)[row]) + head.cond_embed(z)
-        return head(state, condition)
+    def predict(self, z, state, step):
+        """The head's output `[R, 2 D]` for `state [R, D]`, `z [R, Z]` at `step [R]`."""
+        head = self.model.head
+        return head(state, head.time_embed(self.chain.timestep[step]) + head.cond_embed(z))
 
     def reverse(self, z, scale, start, noise, temperature):
         """The whole process: z `[2 R, Z]` with guidance `scale`, or `[R, Z]`; noise `[T, rows, D]`."""
-        dim, state = start.shape[1], start
-        for j, (of_state, of_epsilon, std, log_range) in enumerate(torch.from_numpy(self.chain.coefficients).float()):
-            row = torch.full((len(z),), j)
-            output = self.transition(z, state.repeat(len(z) // len(state), 1), row)
-            epsilon, share = output[: len(state), :dim], output[: len(state), dim:]
-            if len(z) > len(state):
-                epsilon = output[len(state) :, :dim] + scale * (epsilon - output[len(state) :, :dim])
-            sigma = temperature * std * torch.exp(log_range * (share + 1) / 2)
-            state = of_state * state + of_epsilon * epsilon + sigma * noise[j, : len(state)]
+        dim, rows, state = start.shape[1], len(start), start
+        for j in range(len(self.chain)):
+            step = torch.full((len(z),), len(self.chain) - 1 - j)
+            output = self.predict(z, state.repeat(len(z) // rows, 1), step)
+            epsilon, share = output[:rows, :dim], output[:rows, dim:]
+            if len(z) > rows:
+                epsilon = output[rows:, :dim] + scale * (epsilon - output[rows:, :dim])
+            mean = self.chain.mean(step[:rows], state, epsilon)
+            sigma = temperature * (self.chain.log_variance(step[:rows], share) / 2).exp() if step[0] else 0.0
+            state = (mean + sigma * noise[j, :rows]).float()
         return state
 
     def image(self, kind, label, orders, ar_steps, guidance, schedule, temperature):
@@ -90,7 +126,7 @@ class Recorder:
             if kind == "cfg":
                 z = torch.cat([z, self.condition(tokens, mask, label, dropped=True)[chosen]])
             rows = int(chosen.sum())
-            start, noise = self.normal(rows, size.token_dim), self.normal(self.chain.length, len(z), size.token_dim)
+            start, noise = self.normal(rows, size.token_dim), self.normal(len(self.chain), len(z), size.token_dim)
             tokens[chosen] = self.reverse(z, scale, start, noise, temperature)
             found[f"image_{kind}_xT_{step}"], found[f"image_{kind}_noise_{step}"] = start, noise
             mask = torch.where(chosen, 0.0, mask)
@@ -108,25 +144,22 @@ class Recorder:
             found[f"mask_{known}"] = mask
             for name, dropped in (("z", False), ("z_uncond", True)):
                 found[f"{name}_{known}"] = self.condition(found["tokens"], mask, label, dropped=dropped)
-        step = torch.tensor([0, chain.length - 1, *torch.randint(chain.length, (ROWS - 2,), generator=self.draw)])
-        row = chain.length - 1 - step
+        step = torch.tensor([0, len(chain) - 1, *torch.randint(len(chain), (ROWS - 2,), generator=self.draw)])
         state, z = self.normal(ROWS, size.token_dim), self.normal(ROWS, size.decoder_width)
-        output = self.transition(z, state, row)
+        output = self.predict(z, state, step)
         epsilon, share = output.chunk(2, dim=1)
-        alpha_bar = torch.from_numpy(1 / chain.prediction_state**2)
-        previous = torch.cat([alpha_bar[1:], torch.ones(1)])
-        beta = 1 - alpha_bar / previous
-        posterior = beta * (1 - previous) / (1 - alpha_bar)
-        posterior[-1] = posterior[-2]
-        low, high = posterior.log()[row, None], beta.log()[row, None]
-        of_state, of_epsilon = torch.from_numpy(chain.coefficients[:, :2].T)[:, row, None]
-        found |= {"head_x": state, "head_c": z, "head_step": step, "head_out": output}
-        found["head_timestep"] = torch.from_numpy(chain.timestep)[row]
-        found["p_mean"] = of_state * state + of_epsilon * epsilon
-        found["p_log_variance"] = low + (high - low) * (share + 1) / 2
-        found["p_xstart"] = (state - (1 - alpha_bar[row, None]).sqrt() * epsilon) / alpha_bar[row, None].sqrt()
-        found["betas"], found["timestep_map"] = beta.flip(0), torch.from_numpy(chain.timestep.copy()).flip(0)
-        return found
+        return found | {
+            "head_x": state,
+            "head_c": z,
+            "head_step": step,
+            "head_timestep": chain.timestep[step],
+            "head_out": output,
+            "p_mean": chain.mean(step, state, epsilon),
+            "p_log_variance": chain.log_variance(step, share),
+            "p_xstart": chain.clean(step, state, epsilon),
+            "betas": chain.beta,
+            "timestep_map": chain.timestep,
+        }
 
     def chains(self, guidance, temperature):
         """Some tokens through the whole reverse process, without and with guidance."""
@@ -134,7 +167,7 @@ class Recorder:
         for kind, branches in (("plain", 1), ("cfg", 2)):
             z = self.normal(branches * ROWS, self.size.decoder_width)
             start = self.normal(ROWS, self.size.token_dim)
-            noise = self.normal(self.chain.length, len(z), self.size.token_dim)
+            noise = self.normal(len(self.chain), len(z), self.size.token_dim)
             found |= {f"chain_{kind}_z": z, f"chain_{kind}_xT": start, f"chain_{kind}_noise": noise}
             found[f"chain_{kind}_x"] = self.reverse(z, guidance, start, noise, temperature)
         return found

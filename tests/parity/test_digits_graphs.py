@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from export.agreement import TOLERANCE
 from export.causal import read_pair
-from export.parity import TOLERANCE
 from specdec_rt import DecodeOptions, load
 from specdec_rt.schedule import compile_chain
 

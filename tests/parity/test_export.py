@@ -10,12 +10,12 @@ import onnx
 import pytest
 import torch
 
+from export.agreement import ParityError, graph_outputs, require_agreement, require_precision, torch_outputs
 from export.bundles import annotate
 from export.causal import CausalPair, read_pair, write_bundle
 from export.graphs import DenoiseStepGraph, TimeEmbeddingGraph
 from export.models.causal import CausalBackbone, CausalBackboneSize, CausalModel
 from export.models.head import DiffusionHead
-from export.parity import ParityError, require_parity, require_precision
 from export.to_onnx import OPSET, export_graph, save_weights
 from specdec_rt import load
 from specdec_rt.bundle import load_bundle
@@ -53,6 +53,11 @@ def folder(request, pair, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     write_bundle(pair, out, precision=request.param)
     return out
+
+
+def require_parity(module, examples, inputs, path):
+    """The graph's error against the module; raises ParityError."""
+    return require_agreement(path, graph_outputs(path, examples, inputs), torch_outputs(module, examples))
 
 
 def test_a_new_bundle_generates_colour_images(folder):

@@ -1,6 +1,5 @@
 """Export of MAR: graphs against what the public reference recorded, models back from bundles, options, refusals."""
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,21 +10,18 @@ import onnxruntime
 import pytest
 import torch
 
-from export import bundles
-from export import mar as command
 from export.checkpoints import build_mar, read_checkpoint
 from export.graphs import LATENT_SCALE, DecoderGraph
-from export.mar_models import MarPair, image_layout, read_mar_pair, write_mar_bundle
-from export.models.mar import Mar, MarBackbone, visible_set
-from export.models.vae import VaeDecoder
+from export.mar_models import image_layout, read_mar_pair
+from export.models.mar import MarBackbone, visible_set
 from export.to_onnx import OPSET
+from specdec_rt import load
 from specdec_rt.bundle import file_sha256, load_bundle
 from specdec_rt.errors import BundleError, UsageError
 from specdec_rt.manifest import Defaults
 from specdec_rt.schedule import ChainSpec, compile_chain
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "mar_reference.pth"
-EXACT = ChainSpec(steps=8, t_max=975, drop_last=1, final_std=0.05, variance="large", emit="mean")
 KNOWN = (0, 16, 32, 63)
 
 
@@ -34,50 +30,6 @@ def recorded():
     """B=3, L=64, D=16, Z=64."""
     with np.load(REFERENCE.with_suffix(".npz")) as arrays:
         return dict(arrays)
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory):
-    """The reference's weights and sampler, as the command writes them."""
-    out = tmp_path_factory.mktemp("stock") / "reference"
-    assert command.main(["--checkpoint", str(REFERENCE), "--out", str(out)]) == 0
-    return out
-
-
-def randomised(module, seed):
-    """Without layers that are zero at first, and with outputs of about their inputs' size."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 16
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
-    return module.eval()
-
-
-@pytest.fixture(scope="module")
-def pair():
-    """A target of 16 tokens, whose head predicts variances, with a draft that drives that head, and a VAE."""
-    size = replace(build_mar(read_checkpoint(REFERENCE)).size, image=64, encoder_depth=1, decoder_depth=1)
-    target = randomised(Mar(size), 0)
-    size = replace(size, encoder_width=32, decoder_width=48)
-    return MarPair(
-        name="pair",
-        target=target,
-        drafts={"adapter": randomised(MarBackbone(size, adapter_dim=target.z_dim), 1)},
-        chain=EXACT,
-        defaults=Defaults(
-            mode="exact", draft="adapter", draft_length=2, guidance=2.0, guidance_schedule="linear", ar_steps=8
-        ),
-        vae=randomised(VaeDecoder(), 2),
-        provenance={"weights": "random"},
-    )
-
-
-@pytest.fixture(scope="module")
-def exact(pair, tmp_path_factory):
-    out = tmp_path_factory.mktemp("exact") / "pair"
-    write_mar_bundle(pair, out, precision="fp16")
-    return out
 
 
 def run(folder, graph, **inputs):
@@ -106,9 +58,9 @@ def test_a_stock_bundle_says_what_it_holds(stock):
     assert "relative_error_of_precision" not in manifest.provenance
 
 
-def test_an_exact_bundle_says_what_it_holds(exact):
+def test_an_exact_bundle_says_what_it_holds(exact, pair):
     manifest = load_bundle(exact).manifest
-    assert (manifest.chain, manifest.precision) == (EXACT, "fp16")
+    assert (manifest.chain, manifest.precision) == (pair.chain, "fp16")
     layout = manifest.image
     assert (layout.height, layout.width, layout.channels, layout.patch) == (64, 64, 3, 16)
     assert (manifest.drafts["adapter"].head, manifest.drafts["adapter"].head_width) == ("target", None)
@@ -209,8 +161,8 @@ def test_the_stock_chain_ends_without_noise(stock, recorded):
     assert np.isfinite(mean).all()
 
 
-def test_a_fixed_chain_ignores_what_the_head_says_of_variances(exact, recorded):
-    chain = compile_chain(EXACT)
+def test_a_fixed_chain_ignores_what_the_head_says_of_variances(exact, pair, recorded):
+    chain = compile_chain(pair.chain)
     state = recorded["head_x"]
     noise = np.ones_like(state)
     step = np.arange(len(state)) % chain.length
@@ -233,6 +185,17 @@ def test_pixels_are_the_vaes(exact):
     with torch.no_grad():
         expected = pair.vae(tokens.transpose(1, 2).reshape(2, 16, 4, 4) / 0.2325)
     assert relative_error(pixels, expected.permute(0, 2, 3, 1).numpy()) <= 1e-4
+
+
+def test_images_are_decoded_from_their_tokens(exact, pair):
+    result = load(exact).generate([1, 2, 3], seed=2)
+    tokens = torch.from_numpy(result.tokens)
+    with torch.no_grad():
+        expected = pair.vae(tokens.transpose(1, 2).reshape(3, 16, 4, 4) / 0.2325).permute(0, 2, 3, 1)
+    assert result.images.shape == (3, 64, 64, 3)
+    exact_bytes = ((expected.clamp(-1, 1) + 1) * 127.5).numpy()
+    assert np.abs(result.images - exact_bytes).max() <= 0.51
+    assert result.images.std() > 10
 
 
 def test_a_tokens_values_stand_channel_by_channel():
@@ -278,156 +241,6 @@ def test_pixels_are_known_where_tokens_are_pixels():
     assert image_layout(size, vae=False) is None
     with pytest.raises(UsageError, match=r"vae_stride 1 and vae_embed_dim 1; .* takes 16 and 16; leave out --vae"):
         image_layout(digits, vae=True)
-
-
-@pytest.fixture
-def content():
-    """What the reference's file holds."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(REFERENCE, weights_only=True)
-
-
-def saved(path, content, **args):
-    """A checkpoint with some of its options set; None leaves one out."""
-    options = {key: value for key, value in {**vars(content["args"]), **args}.items() if value is not None}
-    torch.save({**content, "args": argparse.Namespace(**options)}, path)
-    return str(path)
-
-
-@pytest.fixture
-def asked(monkeypatch, tmp_path):
-    """The pair that options ask for, which is not written."""
-
-    def ask(*options):
-        written = []
-        monkeypatch.setattr(command, "write_mar_bundle", lambda pair, _, precision: written.append((pair, precision)))
-        assert command.main([*map(str, options), "--out", str(tmp_path / "out")]) == 0
-        return written[0]
-
-    return ask
-
-
-def test_an_exact_chain_takes_the_posteriors_noise(asked):
-    pair, precision = asked("--checkpoint", REFERENCE, "--chain", "exact", "--drop-last", 2, "--precision", "bf16")
-    bare = ChainSpec(steps=25, t_max=975, drop_last=2, emit="mean")
-    assert pair.chain == replace(bare, final_std=compile_chain(bare).final_density_std)
-    assert (pair.defaults.mode, pair.defaults.draft, precision) == ("exact", "self", "bf16")
-    pair, _ = asked("--checkpoint", REFERENCE, "--chain", "exact", "--steps", 50, "--final-std", 0.1)
-    assert (pair.chain.steps, pair.chain.drop_last, pair.chain.final_std) == (50, 0, 0.1)
-
-
-def test_a_draft_makes_the_stock_chain_speculative(asked):
-    pair, _ = asked("--checkpoint", REFERENCE, "--draft", REFERENCE, "--name", "two")
-    assert (pair.name, pair.defaults.mode, pair.defaults.draft) == ("two", "paper", "draft")
-    assert type(pair.drafts["draft"]) is Mar
-    assert pair.provenance["checkpoints"].keys() == {"target", "draft"}
-    assert pair.provenance["command"].startswith("python -m export.mar --checkpoint")
-
-
-def test_a_vae_as_published_becomes_the_decoder(asked, pair, tmp_path):
-    torch.save({"model": pair.vae.state_dict() | {"encoder.x": torch.zeros(1)}}, tmp_path / "kl16.ckpt")
-    found, _ = asked("--checkpoint", REFERENCE, "--vae", tmp_path / "kl16.ckpt")
-    assert isinstance(found.vae, VaeDecoder)
-    assert "vae" in found.provenance["checkpoints"]
-
-
-def test_defaults_are_the_published_ones(asked, content, tmp_path, capsys):
-    silent = {"model": None, "num_sampling_steps": None, "encoder_num_heads": None, "decoder_num_heads": None}
-    path = saved(tmp_path / "x.pth", content, num_iter=12, **silent)
-    pair, _ = asked("--checkpoint", path, "--heads", "4,4")
-    assert (pair.chain.steps, pair.defaults.guidance, pair.defaults.ar_steps) == (100, 1.0, 12)
-    assert "mode target alone; --chain exact would" in capsys.readouterr().err
-    assert command.GUIDANCE["mar_large"] == 3.0
-
-
-def refusal(capsys, tmp_path, *options, code=2):
-    """The one line that the command refuses with."""
-    assert command.main([*map(str, options), "--out", str(tmp_path / "out")]) == code
-    assert not (tmp_path / "out").exists()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
-
-
-def test_a_draft_of_other_tokens_is_refused(content, tmp_path, capsys):
-    tensors = content["model_ema"] | {"class_emb.weight": content["model_ema"]["class_emb.weight"][:7]}
-    draft = saved(tmp_path / "draft.pth", {**content, "model_ema": tensors}, class_num=7)
-    line = refusal(capsys, tmp_path, "--checkpoint", REFERENCE, "--draft", draft)
-    assert line.startswith(f"error: {draft}: classes is 7; expected 10, as in {REFERENCE}; take a draft that")
-
-
-def test_a_draft_without_variances_is_refused_where_they_are_learned(asked, content, tmp_path, capsys):
-    halved = {
-        name: tensor[:16] if name.startswith("diffloss.net.final_layer.linear") else tensor
-        for name, tensor in content["model_ema"].items()
-    }
-    draft = saved(tmp_path / "draft.pth", {**content, "model_ema": halved})
-    line = refusal(capsys, tmp_path, "--checkpoint", REFERENCE, "--draft", draft)
-    assert "draft.pth: learned_variance is False; expected True, as in" in line
-    pair, _ = asked("--checkpoint", REFERENCE, "--draft", draft, "--chain", "exact")
-    assert pair.chain.variance == "large"
-
-
-def test_a_vae_of_other_latents_is_refused(content, tmp_path, capsys):
-    path = saved(tmp_path / "x.pth", content, vae_stride=8, img_size=64)
-    line = refusal(capsys, tmp_path, "--checkpoint", path, "--vae", tmp_path / "kl16.ckpt")
-    assert "vae_stride 8 and vae_embed_dim 16; the KL-16 decoder takes 16 and 16" in line
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--final-std", 0.1], "--final-std is given, but the stock chain is as published; add --chain exact"),
-        (["--drop-last", 0], "--drop-last is given, but the stock chain is as published; add --chain exact"),
-        (["--chain", "exact", "--final-std", 0], "chain.final_std is 0.0; export with final_std of about 0.1"),
-        (["--chain", "exact", "--drop-last", 25], "chain.drop_last is 25; expected 0 to steps - 1 = 24"),
-        (["--steps", 1], "chain.steps is 1; expected 2 to"),
-        (["--draft-heads", "4,4"], "--draft-heads is given without a draft; add --draft DRAFT.pth"),
-        (["--draft", "nowhere.pth"], "nowhere.pth: cannot be read (No such file or directory)"),
-        (["--weights", "model"], "model is"),
-    ],
-)
-def test_options_are_refused(tmp_path, capsys, options, message, content):
-    path = saved(tmp_path / "x.pth", {**content, "model": None})
-    assert message in refusal(capsys, tmp_path, "--checkpoint", path, *options)
-
-
-def test_a_sampler_that_is_no_number_of_steps_is_refused(content, tmp_path, capsys):
-    path = saved(tmp_path / "x.pth", content, num_sampling_steps="ddim25")
-    line = refusal(capsys, tmp_path, "--checkpoint", path)
-    assert "args.num_sampling_steps is 'ddim25'; expected a number of steps; pass --steps N" in line
-
-
-def test_argparse_refuses_the_rest(tmp_path, capsys):
-    for options in (["--heads", "12"], ["--precision", "int8"], []):
-        with pytest.raises(SystemExit) as caught:
-            command.main([*options, "--out", str(tmp_path / "out")])
-        assert caught.value.code == 2
-    assert "--checkpoint" in capsys.readouterr().err
-
-
-def test_what_is_no_bundle_is_not_replaced(tmp_path, capsys):
-    (tmp_path / "letter.txt").write_text("dear")
-    assert command.main(["--checkpoint", "nowhere.pth", "--out", str(tmp_path)]) == 2
-    assert "holds something that is no bundle" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
-
-
-@pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys, reason):
-    def fail(*_):
-        assert any(tmp_path.rglob("target.safetensors"))
-        raise reason
-
-    monkeypatch.setattr(bundles, "export_graph", fail)
-    argv = ["--checkpoint", str(REFERENCE), "--out", str(tmp_path / "out")]
-    if isinstance(reason, KeyboardInterrupt):
-        with pytest.raises(KeyboardInterrupt):
-            command.main(argv)
-    else:
-        assert command.main(argv) == 2
-        assert "out cannot be written ([Errno 28] No space left on device)" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_without_a_description_are_refused(stock, tmp_path):

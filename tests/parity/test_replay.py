@@ -15,15 +15,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    out = tmp_path_factory.mktemp("replay") / "fixture"
-    assert export_mar(["--checkpoint", str(GOLDEN / "mar_reference.pth"), "--out", str(out)]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def pipeline(bundle):
-    return load(bundle)
+def pipeline(stock):
+    return load(stock)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +31,8 @@ def failures(pipeline, arrays, folder):
     return {comparison.name for comparison in replay(pipeline, path) if not comparison.passed}
 
 
-def test_the_public_references_recording_passes(bundle, capsys):
-    assert parity([str(bundle), str(GOLDEN / "mar_reference.npz")]) == 0
+def test_the_public_references_recording_passes(stock, capsys):
+    assert parity([str(stock), str(GOLDEN / "mar_reference.npz")]) == 0
     assert "19 of 19 quantities passed" in capsys.readouterr().out
 
 
@@ -66,7 +59,8 @@ def test_an_array_altered_by_one_percent_is_seen(pipeline, recorded, tmp_path, n
 @pytest.mark.parametrize(
     ("name", "failing"),
     [
-        ("p_xstart", {"head_timestep", "head_out", "p_mean", "p_log_variance", "p_xstart"}),
+        ("p_xstart", {"p_xstart"}),
+        ("head_c", {"head_timestep", "head_out", "p_mean", "p_log_variance", "p_xstart"}),
         ("image_plain_noise_3", {"image_plain"}),
         ("meta", {"chain_plain_x", "chain_cfg_x", "image_plain", "image_cfg"}),
         ("orders", {"image_plain", "image_cfg"}),
@@ -77,18 +71,45 @@ def test_what_is_missing_fails(pipeline, recorded, tmp_path, name, failing):
     assert failures(pipeline, kept, tmp_path) == failing
 
 
+def test_other_number_types_pass(pipeline, recorded, tmp_path):
+    wide = {name: array.astype(np.float64) for name, array in recorded.items() if array.dtype.kind in "fi"}
+    assert failures(pipeline, {**recorded, **wide}, tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "alter"),
+    [
+        ("head_step", lambda array: array + 100),
+        ("chain_plain_noise", lambda array: array[1:]),
+        ("chain_cfg_z", lambda array: array[:, 1:]),
+        ("tokens", lambda array: array[:2]),
+        ("image_cfg_noise_2", lambda array: array[1:]),
+        ("meta", lambda array: array[:0]),
+        ("labels", lambda array: array + 10),
+    ],
+)
+def test_an_array_of_another_kind_fails_by_name(pipeline, recorded, tmp_path, name, alter):
+    path = tmp_path / "altered.npz"
+    np.savez(path, **{**recorded, name: alter(recorded[name])})
+    problems = [comparison.problem for comparison in replay(pipeline, path) if not comparison.passed]
+    assert problems
+    assert all(name in problem for problem in problems)
+
+
 def test_a_reference_without_masks_fails(pipeline, recorded, tmp_path):
     kept = {key: value for key, value in recorded.items() if not key.startswith("mask_")}
     assert failures(pipeline, kept, tmp_path) == {"z_K"}
 
 
-def test_the_command_says_no_by_its_exit_code(bundle, recorded, tmp_path, capsys):
+def test_the_command_says_no_by_its_exit_code(stock, recorded, tmp_path, capsys):
     path = tmp_path / "altered.npz"
     np.savez(path, **{**recorded, "z_16": recorded["z_16"] * np.float32(1.01)})
-    assert parity([str(bundle), str(path)]) == 1
+    assert parity([str(stock), str(path)]) == 1
     assert "18 of 19 quantities passed" in capsys.readouterr().out
     (tmp_path / "torn.npz").write_bytes(path.read_bytes()[:1000])
-    assert parity([str(bundle), str(tmp_path / "torn.npz")]) == 2
+    assert parity([str(stock), str(tmp_path / "torn.npz")]) == 2
+    np.save(tmp_path / "one.npy", recorded["tokens"])
+    assert parity([str(stock), str(tmp_path / "one.npy")]) == 2
     assert parity(["digits", str(path)]) == 2
     assert "family 'causal'" in capsys.readouterr().err
 
@@ -98,7 +119,7 @@ def test_the_command_says_no_by_its_exit_code(bundle, recorded, tmp_path, capsys
     [
         pytest.param(
             {},
-            {"steps": 12, "ar_steps": 5, "guidance": 3.5, "schedule": "constant", "temperature": 1.0},
+            {"steps": 21, "ar_steps": 5, "guidance": 3.5, "schedule": "constant", "temperature": 1.0},
             id="patch 2, constant guidance",
         ),
         pytest.param(
