@@ -109,6 +109,7 @@ def measure(name: str, precision: str, work: Path) -> dict[str, Any]:
     generate, output = run([*command, "--ar-steps", AR_STEPS, "--out", work / f"{bundle.name}.png", "--json"])
     manifest = json.loads((bundle / "manifest.json").read_text())
     provenance = manifest["provenance"]
+    parameters += manifest["decoder"]["parameters"]
     return {
         "model": name,
         "precision": precision,

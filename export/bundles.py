@@ -195,6 +195,12 @@ class _Source:
     module: nn.Module
     examples: Sequence[Any]
     bindings: Bindings
+    compared: Sequence[Any] = ()
+    """other arguments to compare it on, where those to trace it on would take too much memory"""
+
+    def outputs(self) -> list[Array]:
+        """What torch makes of the arguments that are compared."""
+        return torch_outputs(self.module, self.compared or self.examples)
 
 
 class _Writer:
@@ -253,8 +259,11 @@ class _Writer:
     def _decoder(self, decoder: DecoderContents) -> Decoder:
         contents, modules = self._contents, {"": decoder.module}
         assert contents.image is not None
-        examples = [example_draws()(2, contents.tokens, contents.token_dim)]  # pixels are many: no more than two images
-        source = _Source(decoder.graph, examples, decoder_bindings(contents.dimensions, contents.image))
+        tokens = example_draws()(
+            2, contents.tokens, contents.token_dim
+        )  # of one image, its size would be taken for fixed
+        bindings = decoder_bindings(contents.dimensions, contents.image)
+        source = _Source(decoder.graph, [tokens], bindings, compared=[tokens[:1]])
         (graph,) = self._files("decoder", modules, {}, {"decoder": source})
         return Decoder(parameters=parameter_count(modules), graph=graph)
 
@@ -270,7 +279,7 @@ class _Writer:
         unrounded: dict[str, list[Array]] = {}
         if self._precision != "fp32":
             # Only outputs are kept: rounding then takes place in the weights themselves.
-            unrounded = {stem: torch_outputs(source.module, source.examples) for stem, source in sources.items()}
+            unrounded = {stem: source.outputs() for stem, source in sources.items()}
         path = self._folder / f"{name}.safetensors"
         weights = save_weights(modules, path, precision=self._precision, metadata=metadata)
         _report(path, began)
@@ -282,8 +291,8 @@ class _Writer:
         inputs, outputs = source.bindings
         with torch.no_grad():
             export_graph(source.module, source.examples, source.bindings, path, weights)
-        expected = torch_outputs(source.module, source.examples)
-        found = graph_outputs(path, source.examples, inputs)
+        expected = source.outputs()
+        found = graph_outputs(path, source.compared or source.examples, inputs)
         notes = ""
         if unrounded is not None:  # first: weights that overflow when they are rounded are no fault of the graph
             error = self._rounding[path.name] = require_precision(path, found, unrounded, self._precision)

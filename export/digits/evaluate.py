@@ -12,6 +12,7 @@ from torch import Tensor
 
 from export.digits.classifier import DigitClassifier
 from export.digits.data import CLASSES, Digits
+from export.digits.next_token import next_token_distances
 from specdec_rt import Result, load
 from specdec_rt.types import Array, IntArray
 
@@ -103,6 +104,7 @@ def evaluate_bundle(folder: Path, classifier: DigitClassifier, data: Digits, pro
         again = generate("target mode again", COMPARED_IMAGES_PER_CLASS, seed=1, mode="target")
         figures["target_mode_again"] = _compared(judge, again, drawn, manifest.tokens)
         figures["paper"] = _paper(generate, judge, drawn, manifest.tokens)
+        figures["next_token"] = {draft: next_token_distances(pipeline, draft, TAUS) for draft in manifest.drafts}
         figures["fewer_steps"] = _fewer_steps(generate, judge, drawn, manifest.tokens)
     return figures
 

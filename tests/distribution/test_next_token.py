@@ -1,4 +1,4 @@
-"""The digits pair, teacher-forced: the next token of fixed prefixes, `exact` against `target`."""
+"""The digits pairs, teacher-forced: the next token in fixed contexts, `exact` against `target`."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,14 @@ from twosample import grouped_sliced_p_value
 from specdec_rt import DecodeOptions, load
 from specdec_rt.decode.draft import ChainNoise, Proposal
 from specdec_rt.decode.verify import complete_exact, judge_exact
+from specdec_rt.families.span import Span
 
-FAST = pytest.param((8, 500, None), id="fast, the bundle's guidance")
-FULL = pytest.param((64, 2000, 1.0), id="full, no guidance", marks=pytest.mark.full)
+SIZES = {"fast, the bundle's guidance": (8, 500, None), "full, no guidance": (64, 2000, 1.0)}
+CASES = [
+    pytest.param((bundle, *sizes), id=f"{bundle}, {size}", marks=[pytest.mark.full] if "full" in size else [])
+    for bundle in ("digits", "digits-mar")
+    for size, sizes in SIZES.items()
+]
 
 
 @dataclass(frozen=True)
@@ -32,25 +37,36 @@ class Prefixes:
         return np.repeat(z[:, prefix : prefix + 1], self.draws, axis=1)
 
 
-@pytest.fixture(scope="module", params=[FAST, FULL])
+@pytest.fixture(scope="module", params=CASES)
 def prefixes(request):
-    count, draws, guidance = request.param
-    pipeline = load()
+    """Contexts of known tokens: in raster order before a place, or at random places of MAR's."""
+    bundle, count, draws, guidance = request.param
+    pipeline = load(bundle)
     manifest = pipeline.bundle.manifest
     rng = np.random.default_rng(0)
     labels = np.arange(count) % manifest.classes
     images = pipeline.generate(labels, seed=5, mode="target")
     context = images.tokens + manifest.chain.final_std * rng.standard_normal(images.tokens.shape, dtype=np.float32)
-    session = pipeline.session(labels, DecodeOptions(guidance=guidance))
-    place = rng.integers(0, manifest.tokens, count)
-    before = np.concatenate([np.zeros_like(context[:, :1]), context[:, :-1]], axis=1)
+    session = pipeline.session(labels, DecodeOptions(guidance=guidance, ar_steps=manifest.tokens))
+    known = rng.integers(0, manifest.tokens, count)
     conditions = [
-        model.backbone.condition(before, np.zeros(count, np.int64))[:, np.arange(count), place].copy()
+        next_condition(model.backbone, context, known, session.plan.random_order, rng_seed=1)
         for model in (session.target, session.draft)
     ]
     return Prefixes(
-        session.target.head, session.draft.head, *conditions, session.plan.guidance_at(place)[:, :, None], draws
+        session.target.head, session.draft.head, *conditions, session.plan.guidance_at(known)[:, :, None], draws
     )
+
+
+def next_condition(backbone, context, known, random_order, rng_seed):
+    """`z [G, K, Z]` for the token after the first `known [K]` of each image's order, one token a step."""
+    count, tokens = context.shape[:2]
+    if not random_order:  # the caches must be filled first
+        before = np.concatenate([np.zeros_like(context[:, :1]), context[:, :-1]], axis=1)
+        return backbone.feed(before, np.zeros(count, np.int64))[:, np.arange(count), known].copy()
+    rng = np.random.default_rng(rng_seed)
+    order = np.stack([rng.permutation(tokens) for _ in range(count)])
+    return backbone.condition(context, Span.of(order, np.arange(tokens + 1), known, 1)).copy()
 
 
 def alone(head, prefixes, z, seed):
@@ -77,7 +93,7 @@ def speculated(prefixes, seed):
         noise = draw_noise(target, rng, prefixes.draws)
         guidance = np.repeat(prefixes.guidance[:, prefix], prefixes.draws, axis=1)
         drawn = prefixes.draft.sample(prefixes.rows(prefixes.draft_z, prefix), guidance, noise.start, noise.steps)
-        proposal = Proposal(noise, drawn.path, drawn.mean)
+        proposal = Proposal(noise, drawn)
         z = prefixes.rows(prefixes.target_z, prefix)
         judgement = judge_exact(target, z, guidance, proposal, rng.random((prefixes.draws, n + 1)))
         rejected = np.flatnonzero(~judgement.accepted)

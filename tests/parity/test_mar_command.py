@@ -104,6 +104,23 @@ def test_a_draft_without_variances_is_refused_where_they_are_learned(asked, cont
     assert pair.chain.variance == "large"
 
 
+def test_a_draft_whose_heads_nobody_says_is_asked_for_by_its_own_option(content, tmp_path, capsys):
+    silent = {"model": None, "encoder_num_heads": None, "decoder_num_heads": None}
+    draft = saved(tmp_path / "draft.pth", content, **silent)
+    line = refusal(capsys, tmp_path, "--checkpoint", REFERENCE, "--draft", draft, "--heads", "4,4")
+    assert line.endswith("pass --draft-heads E,D")
+
+
+def test_weights_that_half_precision_cannot_hold_are_named(content, tmp_path, capsys):
+    weights = {**content["model_ema"]}
+    weights["z_proj.weight"] = weights["z_proj.weight"].clone()
+    weights["z_proj.weight"][0, 0] = 7e4
+    path = saved(tmp_path / "x.pth", {**content, "model_ema": weights})
+    assert command.main(["--checkpoint", path, "--precision", "fp16", "--out", str(tmp_path / "out")]) == 1
+    assert "with weights in fp16 differs from the unrounded model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_vae_of_other_latents_is_refused(content, tmp_path, capsys):
     path = saved(tmp_path / "x.pth", content, vae_stride=8, img_size=64)
     line = refusal(capsys, tmp_path, "--checkpoint", path, "--vae", tmp_path / "kl16.ckpt")
@@ -142,11 +159,12 @@ def test_argparse_refuses_the_rest(tmp_path, capsys):
     assert "--checkpoint" in capsys.readouterr().err
 
 
-def test_what_is_no_bundle_is_not_replaced(tmp_path, capsys):
-    (tmp_path / "letter.txt").write_text("dear")
+@pytest.mark.parametrize(("name", "text"), [("letter.txt", "dear"), ("manifest.json", '{"name": "an extension"}')])
+def test_what_is_no_bundle_is_not_replaced(tmp_path, capsys, name, text):
+    (tmp_path / name).write_text(text)
     assert command.main(["--checkpoint", "nowhere.pth", "--out", str(tmp_path)]) == 2
     assert "holds something that is no bundle" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -1,6 +1,7 @@
 """Export of MAR: graphs against what the public reference recorded, models back from bundles, options, refusals."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from export.models.mar import MarBackbone, visible_set
 from export.to_onnx import OPSET
 from specdec_rt import load
 from specdec_rt.bundle import file_sha256, load_bundle
-from specdec_rt.errors import BundleError, UsageError
+from specdec_rt.errors import BackendError, BundleError, ChainError, UsageError
 from specdec_rt.manifest import Defaults
+from specdec_rt.report import bundle_record
 from specdec_rt.schedule import ChainSpec, compile_chain
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "mar_reference.pth"
@@ -255,3 +257,33 @@ def test_weights_without_a_description_are_refused(stock, tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="metadata describe no MAR model; export the bundle again"):
         read_mar_pair(folder)
+
+
+def test_a_stock_bundle_without_a_draft_offers_target_mode_alone(stock):
+    works = {mode: entry["works"] for mode, entry in bundle_record(load_bundle(stock))["modes"].items()}
+    assert works == {"target": True, "exact": False, "paper": False, "draft": False}
+    pipeline = load(stock)
+    assert pipeline.generate([1], ar_steps=2).images is None
+    with pytest.raises(ChainError, match=r"chain\.variance is 'learned'; .* --chain exact"):
+        pipeline.generate([1], mode="exact")
+    for mode in ("paper", "draft"):
+        with pytest.raises(UsageError, match=r"take mode 'target', or export again with a draft$"):
+            pipeline.generate([1], mode=mode)
+
+
+def test_a_step_left_out_has_no_learned_variance(stock):
+    with pytest.raises(UsageError, match="draft_steps is 5, but the chain's variances are learned"):
+        load(stock).generate([1], draft_steps=5)
+
+
+def test_a_broken_decoder_is_seen_before_any_token_is_made(exact, tmp_path):
+    folder = Path(shutil.copytree(exact, tmp_path / "copy"))
+    graph = folder / "decoder.onnx"
+    graph.write_bytes(graph.read_bytes()[:-100])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][graph.name] = file_sha256(graph)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    made = []
+    with pytest.raises(BackendError, match=r"decoder\.onnx"):
+        load(folder).generate([1], progress=lambda done, total: made.append((done, total)))
+    assert made == []
