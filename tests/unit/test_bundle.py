@@ -26,7 +26,7 @@ def refusal(folder):
 
 
 def test_the_embedded_bundle_is_sound():
-    assert embedded_bundles() == ["digits"]
+    assert embedded_bundles() == ["digits", "digits-mar"]
     bundle = load_bundle("digits")
     assert bundle.manifest.name == "digits"
     assert set(bundle.manifest.files) == {path.name for path in bundle.folder.iterdir()} - {MANIFEST}
