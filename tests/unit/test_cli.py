@@ -387,7 +387,9 @@ def test_nothing_half_written_remains(tmp_path, error):
 def test_interrupt_ends_with_130_and_leaves_nothing(tmp_path):
     """The interrupt comes once decoding has begun: a helper that starts the CLI says so on stdout."""
     script = (
-        "import sys, specdec_rt.cli as cli, specdec_rt.pipeline as pipeline\n"
+        "import signal, sys, specdec_rt.cli as cli, specdec_rt.pipeline as pipeline\n"
+        # As on a terminal, also where the tests run in the background of a shell, which ignores interrupts there.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "run = pipeline.Decoder.run\n"
         "def told(self):\n"
         "    print('started', flush=True)\n"
