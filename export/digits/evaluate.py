@@ -12,7 +12,7 @@ from torch import Tensor
 
 from export.digits.classifier import DigitClassifier
 from export.digits.data import CLASSES, Digits
-from export.digits.next_token import next_token_distances
+from export.digits.next_token import energy_distance, next_token_distances
 from specdec_rt import Result, load
 from specdec_rt.types import Array, IntArray
 
@@ -47,13 +47,7 @@ class Judge:
         """Energy distance of the features within a class, averaged over classes; about 0 for one distribution."""
         a, b = self._of(first)[1], self._of(second)[1]
         classes = np.unique(labels_first)
-        return float(np.mean([_energy_distance(a[labels_first == c], b[labels_second == c]) for c in classes]))
-
-
-def _energy_distance(first: Tensor, second: Tensor) -> float:
-    """Of samples `[N, F]` and `[M, F]`; unbiased, so noise may make it negative."""
-    between = torch.cdist(first, second).mean()
-    return float(2 * between - torch.pdist(first).mean() - torch.pdist(second).mean())
+        return float(np.mean([energy_distance(a[labels_first == c], b[labels_second == c]) for c in classes]))
 
 
 def spread(images: Tensor, labels: Tensor) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from specdec_rt import DecodeOptions, Pipeline
 from specdec_rt.decode.chain import Head
@@ -16,7 +17,7 @@ from specdec_rt.decode.verify import complete_exact, complete_paper, judge_exact
 from specdec_rt.families.span import Span
 from specdec_rt.types import FloatArray
 
-__all__ = ["next_token_distances"]
+__all__ = ["energy_distance", "next_token_distances"]
 
 CONTEXTS, DRAWS = 16, 1000
 
@@ -56,7 +57,7 @@ def next_token_distances(pipeline: Pipeline, draft: str, taus: Sequence[float]) 
         figures[name] = {
             "acceptance_rate": None if drawn[0][1] is None else float(np.mean([accepted for _, accepted in drawn])),
             "energy_distance": float(
-                np.mean([_energy_distance(tokens, other) for (tokens, _), other in zip(drawn, wanted, strict=True)])
+                np.mean([_apart(tokens, other) for (tokens, _), other in zip(drawn, wanted, strict=True)])
             ),
         }
     return figures
@@ -126,7 +127,11 @@ def _paper(
     return token, float(judgement.accepted.mean())
 
 
-def _energy_distance(first: FloatArray, second: FloatArray) -> float:
-    """Of samples `[N, D]` and `[M, D]`; unbiased, so noise may make it negative."""
-    a, b = torch.from_numpy(first).double(), torch.from_numpy(second).double()
-    return float(2 * torch.cdist(a, b).mean() - torch.pdist(a).mean() - torch.pdist(b).mean())
+def _apart(first: FloatArray, second: FloatArray) -> float:
+    return energy_distance(torch.from_numpy(first).double(), torch.from_numpy(second).double())
+
+
+def energy_distance(first: Tensor, second: Tensor) -> float:
+    """Of samples `[N, F]` and `[M, F]`; unbiased, so noise may make it negative."""
+    between = torch.cdist(first, second).mean()
+    return float(2 * between - torch.pdist(first).mean() - torch.pdist(second).mean())
