@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from export.bundles import tell
 from export.replay import replay
 from specdec_rt import SpecDecError, load
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         comparisons = replay(load(arguments.bundle), arguments.reference)
     except SpecDecError as error:
-        Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False, highlight=False)
+        tell(f"error: {error}")
         return error.exit_code
     table = Table("quantity", "relative L2 error", "tolerance", "")
     for comparison in comparisons:

@@ -1,18 +1,14 @@
 """What a draft proposes: the tokens of one round, with the paths that led to them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from specdec_rt.decode.chain import Head, Trajectory
 from specdec_rt.families.span import Backbone, Span
-from specdec_rt.types import BoolArray, FloatArray, IntArray
+from specdec_rt.types import BoolArray, FloatArray
 
-__all__ = ["ChainNoise", "GuidanceOf", "Model", "Proposal", "propose"]
-
-GuidanceOf = Callable[[IntArray], FloatArray]
-"""`AR step [R]` to guidance weights `[G, R]`."""
+__all__ = ["ChainNoise", "Model", "Proposal", "propose"]
 
 
 @dataclass(frozen=True)
@@ -57,13 +53,13 @@ def propose(
     tokens: FloatArray,
     span: Span,
     noise: ChainNoise,
-    guidance_of: GuidanceOf,
+    guidance: FloatArray,
     evaluate: BoolArray | None,
 ) -> Proposal:
     """Draft the span's rows, each set of tokens in the context of those before it.
 
-    `tokens [A, L, D]` holds what is committed; drafts are written to their places in it. `noise` is of the
-    R rows. The head is called at the steps that `evaluate [n]` names (None: at all).
+    `tokens [A, L, D]` holds what is committed; drafts are written to their places in it. `noise` and
+    `guidance [G, R]` are of the R rows. The head is called at the steps that `evaluate [n]` names (None: at all).
     """
     n, rows, dim = draft.head.chain.length, len(span.owner), tokens.shape[2]
     path, mean = np.empty((rows, n + 1, dim), np.float32), np.empty((rows, n, dim), np.float32)
@@ -73,8 +69,7 @@ def propose(
         if not here.any():
             break
         z = draft.backbone.condition(tokens, span.at(offset))
-        guidance = guidance_of(span.ar_step[here])
-        drawn = draft.head.sample(z, guidance, noise.start[here], noise.steps[here], evaluate=evaluate)
+        drawn = draft.head.sample(z, guidance[:, here], noise.start[here], noise.steps[here], evaluate=evaluate)
         path[here], mean[here] = drawn.path, drawn.mean
         if std is not None:
             std[here] = drawn.std

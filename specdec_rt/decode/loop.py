@@ -158,7 +158,7 @@ class Decoder:
         image = self._images[active[span.owner]]
         noise = self._chain_noise(image, span.place)
         guidance = plan.guidance_at(span.ar_step)
-        proposal, z = self._propose_and_condition(target, span, noise)
+        proposal, z = self._propose_and_condition(target, span, noise, guidance)
         judgement = self._judge(target, z, guidance, proposal, image, span.place)
 
         accepted = judgement.accepted
@@ -196,15 +196,16 @@ class Decoder:
         """Sequential calls that a chain takes."""
         return self._head.chain.length if evaluate is None else int(evaluate.sum())
 
-    def _propose_and_condition(self, target: Model, span: Span, noise: ChainNoise) -> tuple[Proposal, FloatArray]:
+    def _propose_and_condition(
+        self, target: Model, span: Span, noise: ChainNoise, guidance: FloatArray
+    ) -> tuple[Proposal, FloatArray]:
         """The round's drafts, and the target's conditions `z [G, R, Z]` for them: one backbone call."""
         plan, tokens = self._plan, self._fed[self._active]
         if self._draft is not None:
-            proposal = propose(self._draft, tokens, span, noise, plan.guidance_at, plan.evaluate)
+            proposal = propose(self._draft, tokens, span, noise, guidance, plan.evaluate)
             return proposal, target.backbone.condition(tokens, span).copy()
         # The target's own head drafts: a round is one AR step.
         z = target.backbone.condition(tokens, span).copy()
-        guidance = plan.guidance_at(span.ar_step)
         drawn = target.head.sample(z, guidance, noise.start, noise.steps, evaluate=plan.evaluate)
         return Proposal(noise, drawn), z
 
