@@ -1,14 +1,16 @@
-"""Whether a graph computes what its torch module computes, and what rounding its weights costs."""
+"""Whether a graph computes what its torch module computes, and what half precision costs."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from export.emulation import emulated
 from specdec_rt.errors import SpecDecError
 from specdec_rt.manifest import Binding, Precision
 from specdec_rt.types import Array
@@ -20,13 +22,15 @@ __all__ = [
     "graph_outputs",
     "require_agreement",
     "require_precision",
+    "require_variant",
     "torch_outputs",
+    "variant_outputs",
 ]
 
 TOLERANCE = 1e-4
 """Relative L2 error that single evaluations in single precision may show."""
 PRECISION_TOLERANCE: dict[Precision, float] = {"fp16": 5e-3, "bf16": 2e-2}
-"""Relative L2 error that rounding the weights may cause."""
+"""Relative L2 error that rounding the weights may cause, and computing in half."""
 
 
 class ParityError(SpecDecError):
@@ -41,16 +45,31 @@ def torch_outputs(module: nn.Module, examples: Sequence[Any]) -> list[Array]:
 
 
 def graph_outputs(path: Path, examples: Sequence[Any], inputs: Sequence[Binding]) -> list[Array]:
-    """What the graph at `path` makes of the same arguments.
+    """What the graph at `path` makes of the same arguments."""
+    return _run(str(path), path.parent, examples, inputs, onnxruntime.ExecutionOrder.DEFAULT)
 
-    It runs as it is written: folded or packed weights would be a second copy in memory.
-    """
+
+def variant_outputs(
+    path: Path, precision: Precision, examples: Sequence[Any], inputs: Sequence[Binding]
+) -> list[Array]:
+    """What a GPU would make of them with the graph at `path`, which computes in `precision`; see `emulation`."""
+    model = emulated(onnx.load(path, load_external_data=False), precision)
+    # In the default order every weight would be cast before the first is used.
+    return _run(model.SerializeToString(), path.parent, examples, inputs, onnxruntime.ExecutionOrder.PRIORITY_BASED)
+
+
+def _run(
+    model: str | bytes, folder: Path, examples: Sequence[Any], inputs: Sequence[Binding], order: Any
+) -> list[Array]:
+    """Run a graph, whose weights lie in `folder`, as it is written: folded or packed ones would be a second copy."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    options.execution_order = order
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     flat: list[Tensor] = [t for example in examples for t in (example if isinstance(example, list) else [example])]
     outputs: list[Array] = session.run(
         None, {binding.name: value.numpy() for binding, value in zip(inputs, flat, strict=True)}
@@ -75,6 +94,17 @@ def require_precision(path: Path, found: Sequence[Array], unrounded: Sequence[Ar
         raise ParityError(
             f"{path.name} with weights in {precision} differs from the unrounded model by {error:.2e} (relative L2); "
             f"at most {limit} is allowed; store them in single precision: --precision fp32"
+        )
+    return error
+
+
+def require_variant(path: Path, found: Sequence[Array], expected: Sequence[Array], precision: Precision) -> float:
+    """The same of a graph that computes in `precision` against one that does not, with that precision's tolerance."""
+    error, limit = _largest_error(found, expected), PRECISION_TOLERANCE[precision]
+    if not error <= limit:
+        raise ParityError(
+            f"{path.name} differs from single precision by {error:.2e} (relative L2); at most {limit} is allowed; "
+            f"leave {precision} out of --compute"
         )
     return error
 

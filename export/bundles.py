@@ -14,9 +14,17 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from export.agreement import graph_outputs, require_agreement, require_precision, torch_outputs
+from export.agreement import (
+    graph_outputs,
+    require_agreement,
+    require_precision,
+    require_variant,
+    torch_outputs,
+    variant_outputs,
+)
 from export.graphs import DenoiseStepGraph, LogDensityGraph, TimeEmbeddingGraph
 from export.models.head import DiffusionHead
+from export.precision import write_variant
 from export.to_onnx import WeightsFile, export_graph, save_weights
 from specdec_rt.bundle import file_sha256, load_bundle
 from specdec_rt.errors import OutputError
@@ -113,20 +121,24 @@ class BundleContents:
         )
 
 
-def write_contents(contents: BundleContents, out: Path, *, precision: Precision) -> Manifest:
+def write_contents(
+    contents: BundleContents, out: Path, *, precision: Precision, compute: Sequence[Precision] = ()
+) -> Manifest:
     """Export every graph, compare each with torch, and write the bundle to `out` (replaced as a whole).
 
-    Weights are stored in `precision`; graphs compute in single precision. The models' own parameters are
-    rounded to what is stored. Raises ParityError where a graph disagrees with torch, or with the unrounded
-    model by more than the precision accounts for; OutputError where `out` cannot be written.
+    Weights are stored in `precision`. Graphs compute in single precision; `compute` names the half precisions
+    that each has a variant for as well. The models' own parameters are rounded to what is stored. Raises
+    ParityError where a graph disagrees with torch, or with the unrounded model or the variant with torch by
+    more than the precision accounts for; OutputError where `out` cannot be written.
     """
+    assert "fp32" not in compute
     require_replaceable(out)
     assert not {"target", "decoder"} & contents.drafts.keys(), "these names are taken"
     folder = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        manifest = _Writer(contents, folder, precision).write()
+        manifest = _Writer(contents, folder, precision, compute).write()
         _write_manifest(folder, manifest)
         folder.chmod(0o755)
         replace_bundle(folder, out)
@@ -206,10 +218,13 @@ class _Source:
 class _Writer:
     """Writes a bundle's files into `folder`, one graph at a time, and takes down how far each is from torch."""
 
-    def __init__(self, contents: BundleContents, folder: Path, precision: Precision) -> None:
-        self._contents, self._folder, self._precision = contents, folder, precision
+    def __init__(
+        self, contents: BundleContents, folder: Path, precision: Precision, compute: Sequence[Precision]
+    ) -> None:
+        self._contents, self._folder, self._precision, self._compute = contents, folder, precision, compute
         self._errors: dict[str, float] = {}
         self._rounding: dict[str, float] = {}
+        self._variants: dict[str, float] = {}
 
     def write(self) -> Manifest:
         """Write every file but the manifest, which is returned."""
@@ -222,6 +237,8 @@ class _Writer:
         figures = {"relative_error_against_torch": self._errors}
         if self._rounding:
             figures["relative_error_of_precision"] = self._rounding
+        if self._variants:
+            figures["relative_error_of_variants"] = self._variants
         return Manifest(
             schema_version=1,
             name=contents.name,
@@ -300,7 +317,18 @@ class _Writer:
         error = self._errors[path.name] = require_agreement(path, found, expected)
         notes = f"differs from torch by {error:.1e}{notes}"
         _report(path, began, notes)
-        return Graph(file=path.name, inputs=inputs, outputs=outputs)
+        variants = {half: self._variant(path, source, expected, half) for half in self._compute}
+        return Graph(file=path.name, inputs=inputs, outputs=outputs, variants=variants)
+
+    def _variant(self, graph: Path, source: _Source, expected: list[Array], precision: Precision) -> str:
+        """Write the graph that computes in `precision`; its file's name."""
+        began = time.perf_counter()
+        path = graph.with_suffix(f".{precision}.onnx")
+        write_variant(graph, path, precision)
+        found = variant_outputs(path, precision, source.compared or source.examples, source.bindings[0])
+        error = self._variants[path.name] = require_variant(path, found, expected, precision)
+        _report(path, began, f"differs from torch by {error:.1e}")
+        return path.name
 
 
 def _head_sources(
@@ -339,4 +367,4 @@ def _report(path: Path, began: float, notes: str = "") -> None:
         if size < 1000:
             break
         size, unit = size / 1000, larger
-    tell(f"{path.name:28} {size:6.1f} {unit:2} {time.perf_counter() - began:7.1f} s  {notes}".rstrip())
+    tell(f"{path.name:32} {size:6.1f} {unit:2} {time.perf_counter() - began:7.1f} s  {notes}".rstrip())

@@ -1,6 +1,6 @@
 """Write a causal pair of torch models as a bundle, and read it back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class CausalPair:
     provenance: Mapping[str, Any]
 
 
-def write_bundle(pair: CausalPair, out: Path, *, precision: Precision) -> Manifest:
+def write_bundle(pair: CausalPair, out: Path, *, precision: Precision, compute: Sequence[Precision] = ()) -> Manifest:
     """Write the pair to `out`, as `bundles.write_contents` does."""
     size = pair.target.backbone.size
     contents = BundleContents(
@@ -60,7 +60,7 @@ def write_bundle(pair: CausalPair, out: Path, *, precision: Precision) -> Manife
         decoder=None,
         provenance=pair.provenance,
     )
-    return write_contents(contents, out, precision=precision)
+    return write_contents(contents, out, precision=precision, compute=compute)
 
 
 def read_pair(folder: str | Path) -> CausalPair:

@@ -19,6 +19,7 @@ from export.bundles import require_replaceable, tell
 from export.checkpoints import Checkpoint, build_mar, build_vae_decoder, read_checkpoint
 from export.mar_models import MarPair, image_layout, write_mar_bundle
 from export.models.mar import Mar, MarSize
+from export.precision import compute_precisions
 from specdec_rt.bundle import file_sha256
 from specdec_rt.config import SELF_DRAFT, Mode
 from specdec_rt.errors import SpecDecError, UsageError
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "note: without a draft this stock chain can be run in mode target alone; "
                 "--chain exact would let the target draft for itself (--draft self)"
             )
-        write_mar_bundle(pair, out, precision=arguments.precision)
+        write_mar_bundle(pair, out, precision=arguments.precision, compute=arguments.compute)
     except SpecDecError as error:
         tell(f"error: {error}")
         return error.exit_code
@@ -72,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--drop-last", type=int, metavar="K", help="exact: how many of the least noisy steps are left out (default: 0)")
     add("--final-std", type=float, metavar="S", help="exact: noise of the last step (default: the posterior's)")
     add("--precision", choices=get_args(Precision), default="fp32", help="in which weights are stored")
+    add(
+        "--compute",
+        type=compute_precisions,
+        default="fp32,fp16",
+        metavar="LIST",
+        help="of fp32, fp16, bf16: in which graphs can compute; fp32 always is among them (default: %(default)s)",
+    )
     add("--name", help="the bundle's name (default: that of its folder)")
     add("--out", type=Path, required=True, metavar="DIR", help="the bundle's folder, replaced as a whole")
     return parser

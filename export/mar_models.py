@@ -1,7 +1,7 @@
 """Write a MAR pair of torch models as a bundle, and read it back."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,7 @@ class MarPair:
     provenance: Mapping[str, Any]
 
 
-def write_mar_bundle(pair: MarPair, out: Path, *, precision: Precision) -> Manifest:
+def write_mar_bundle(pair: MarPair, out: Path, *, precision: Precision, compute: Sequence[Precision] = ()) -> Manifest:
     """Write the pair to `out`, as `bundles.write_contents` does."""
     size, vae = pair.target.size, pair.vae
     contents = BundleContents(
@@ -69,7 +69,7 @@ def write_mar_bundle(pair: MarPair, out: Path, *, precision: Precision) -> Manif
         decoder=None if vae is None else DecoderContents(module=vae, graph=DecoderGraph(vae, patch=size.patch)),
         provenance=pair.provenance,
     )
-    return write_contents(contents, out, precision=precision)
+    return write_contents(contents, out, precision=precision, compute=compute)
 
 
 def image_layout(size: MarSize, *, vae: bool) -> ImageLayout | None:

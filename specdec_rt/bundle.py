@@ -20,6 +20,7 @@ from specdec_rt.manifest import (
     Graph,
     GraphName,
     Manifest,
+    Precision,
     decoder_bindings,
     graph_bindings,
 )
@@ -38,9 +39,15 @@ class Bundle:
     folder: Path
     manifest: Manifest
 
-    def path(self, graph: Graph) -> Path:
-        """Where the graph's ONNX file lies."""
-        return self.folder / graph.file
+    def path(self, graph: Graph, precision: Precision = "fp32") -> Path:
+        """Where the ONNX file lies that computes the graph in `precision`; BundleError where there is none."""
+        files = {"fp32": graph.file, **graph.variants}
+        if precision not in files:
+            raise BundleError(
+                f"{self.folder}: {graph.file} was exported to compute in {', '.join(files)}, not in {precision}; "
+                f"export the bundle again with --compute {precision}"
+            )
+        return self.folder / files[precision]
 
 
 def file_sha256(path: Path) -> str:
@@ -180,8 +187,11 @@ def _check_model(path: Path, manifest: Manifest, name: str | None) -> None:
 
 
 def _check_graph(path: Path, manifest: Manifest, owner: str, graph: Graph, bindings: Bindings) -> None:
-    if graph.file not in manifest.files:
-        raise BundleError(f"{path}: {owner} names {graph.file!r}, which is not in files")
+    if "fp32" in graph.variants:
+        raise BundleError(f"{path}: {owner}.variants has 'fp32', but that is {graph.file!r} itself; remove the entry")
+    for file in (graph.file, *graph.variants.values()):
+        if file not in manifest.files:
+            raise BundleError(f"{path}: {owner} names {file!r}, which is not in files")
     if (graph.inputs, graph.outputs) != bindings:
         raise BundleError(
             f"{path}: the bindings of {owner} ({graph.file}) are not those of this release's contract; "

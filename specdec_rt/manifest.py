@@ -64,8 +64,11 @@ class Graph(_Record):
     """An ONNX file of the bundle and its bindings, in the file's order."""
 
     file: str
+    """which computes in single precision"""
     inputs: tuple[Binding, ...]
     outputs: tuple[Binding, ...]
+    variants: dict[Precision, str] = Field(default_factory=dict)
+    """files of the same graph, over the same bindings and weights, that compute in fp16 or bf16"""
 
 
 class CacheShape(_Record):
@@ -140,7 +143,7 @@ class Manifest(_Record):
     name: str
     family: Family
     precision: Precision
-    """in which weights are stored; graphs compute in single precision"""
+    """in which weights are stored"""
     tokens: int = Field(ge=1)
     token_dim: int = Field(ge=1)
     classes: int = Field(ge=1)

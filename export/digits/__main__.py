@@ -7,6 +7,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +23,10 @@ from export.digits.evaluate import evaluate_bundle
 from export.digits.mar_pair import train_mar_pair
 from export.digits.training import FitOptions
 from export.mar_models import MarPair, read_mar_pair, write_mar_bundle
+from export.precision import compute_precisions
 from specdec_rt.bundle import load_bundle
 from specdec_rt.errors import OutputError
+from specdec_rt.manifest import Precision
 
 WORK = {"causal": Path("work/digits"), "mar": Path("work/digits-mar")}
 """Where each family's checkpoints are kept."""
@@ -47,12 +50,12 @@ def train(family: str, data: Digits, work: Path, progress: Progress) -> CausalPa
     return train_mar_pair(data, work, progress) if family == "mar" else train_causal_pair(data, work, progress)
 
 
-def write(pair: CausalPair | MarPair, out: Path) -> None:
+def write(pair: CausalPair | MarPair, out: Path, compute: Sequence[Precision]) -> None:
     """Export the pair, its weights in half precision."""
     if isinstance(pair, MarPair):
-        write_mar_bundle(pair, out, precision="fp16")
+        write_mar_bundle(pair, out, precision="fp16", compute=compute)
     else:
-        write_bundle(pair, out, precision="fp16")
+        write_bundle(pair, out, precision="fp16", compute=compute)
 
 
 def main() -> None:
@@ -62,6 +65,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder, replaced as a whole")
     parser.add_argument(
         "--from-bundle", type=Path, help="take weights and family from this bundle: export and evaluate only"
+    )
+    parser.add_argument(
+        "--compute",
+        type=compute_precisions,
+        default="fp32,fp16,bf16",
+        metavar="LIST",
+        help="in which graphs can compute; fp32 always is among them (default: %(default)s)",
     )
     parser.add_argument("--work", type=Path, help="checkpoints, kept to resume from (default: work/digits[-mar])")
     parser.add_argument("--data", type=Path, default=Path(".data"), help="where the data set is kept")
@@ -93,7 +103,7 @@ def main() -> None:
         if arguments.classifier:
             export_classifier(classifier, arguments.classifier)
         finished = work / "bundle"
-        write(pair, finished)
+        write(pair, finished, arguments.compute)
         figures = evaluate_bundle(finished, classifier, data, progress)
     annotate(finished, {"figures": figures})
     install(finished, arguments.out)

@@ -58,5 +58,5 @@ def pair():
 @pytest.fixture(scope="session")
 def exact(pair, tmp_path_factory):
     out = tmp_path_factory.mktemp("exact") / "pair"
-    write_mar_bundle(pair, out, precision="fp16")
+    write_mar_bundle(pair, out, precision="fp16", compute=["fp16", "bf16"])
     return out

@@ -32,11 +32,11 @@ def saved(path, content, **args):
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """The pair that options ask for, which is not written."""
+    """The pair that options ask for, which is not written, and how it would be."""
 
     def ask(*options):
         written = []
-        monkeypatch.setattr(command, "write_mar_bundle", lambda pair, _, precision: written.append((pair, precision)))
+        monkeypatch.setattr(command, "write_mar_bundle", lambda pair, _, **options: written.append((pair, options)))
         assert command.main([*map(str, options), "--out", str(tmp_path / "out")]) == 0
         return written[0]
 
@@ -44,10 +44,11 @@ def asked(monkeypatch, tmp_path):
 
 
 def test_an_exact_chain_takes_the_posteriors_noise(asked):
-    pair, precision = asked("--checkpoint", REFERENCE, "--chain", "exact", "--drop-last", 2, "--precision", "bf16")
+    pair, options = asked("--checkpoint", REFERENCE, "--chain", "exact", "--drop-last", 2, "--precision", "bf16")
     bare = ChainSpec(steps=25, t_max=975, drop_last=2, emit="mean")
     assert pair.chain == replace(bare, final_std=compile_chain(bare).final_density_std)
-    assert (pair.defaults.mode, pair.defaults.draft, precision) == ("exact", "self", "bf16")
+    assert (pair.defaults.mode, pair.defaults.draft) == ("exact", "self")
+    assert options == {"precision": "bf16", "compute": ("fp16",)}
     pair, _ = asked("--checkpoint", REFERENCE, "--chain", "exact", "--steps", 50, "--final-std", 0.1)
     assert (pair.chain.steps, pair.chain.drop_last, pair.chain.final_std) == (50, 0, 0.1)
 
@@ -121,6 +122,18 @@ def test_weights_that_half_precision_cannot_hold_are_named(content, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_a_graph_that_half_precision_cannot_compute_is_named(content, tmp_path, capsys):
+    weights = {**content["model_ema"]}
+    weights["z_proj.weight"] = weights["z_proj.weight"].clone()
+    weights["z_proj.weight"][0, 0] = 7e4
+    path = saved(tmp_path / "x.pth", {**content, "model_ema": weights})
+    assert command.main(["--checkpoint", path, "--out", str(tmp_path / "out")]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: target.backbone.fp16.onnx differs from single precision by nan")
+    assert line.endswith("leave fp16 out of --compute")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_vae_of_other_latents_is_refused(content, tmp_path, capsys):
     path = saved(tmp_path / "x.pth", content, vae_stride=8, img_size=64)
     line = refusal(capsys, tmp_path, "--checkpoint", path, "--vae", tmp_path / "kl16.ckpt")
@@ -152,7 +165,7 @@ def test_a_sampler_that_is_no_number_of_steps_is_refused(content, tmp_path, caps
 
 
 def test_argparse_refuses_the_rest(tmp_path, capsys):
-    for options in (["--heads", "12"], ["--precision", "int8"], []):
+    for options in (["--heads", "12"], ["--precision", "int8"], ["--compute", "fp8"], []):
         with pytest.raises(SystemExit) as caught:
             command.main([*options, "--out", str(tmp_path / "out")])
         assert caught.value.code == 2

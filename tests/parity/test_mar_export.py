@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
+from export.agreement import PRECISION_TOLERANCE
 from export.checkpoints import build_mar, read_checkpoint
 from export.graphs import LATENT_SCALE, DecoderGraph
 from export.mar_models import image_layout, read_mar_pair
@@ -72,6 +73,20 @@ def test_an_exact_bundle_says_what_it_holds(exact, pair):
     assert all(1e-5 < error < 5e-3 for error in rounding.values())
     half = (exact / "target.safetensors").stat().st_size
     assert half == pytest.approx(2 * manifest.target.parameters, rel=0.02)
+
+
+def test_every_graph_has_its_variants(stock, exact):
+    for folder, halves in ((stock, ["fp16"]), (exact, ["fp16", "bf16"])):
+        bundle = load_bundle(folder)
+        manifest = bundle.manifest
+        graphs = [graph for model in (manifest.target, *manifest.drafts.values()) for graph in model.graphs.values()]
+        graphs += [manifest.decoder.graph] if manifest.decoder else []
+        errors = dict(manifest.provenance["relative_error_of_variants"])
+        for graph in graphs:
+            assert list(graph.variants) == halves
+            for half in halves:
+                assert 1e-5 < errors.pop(bundle.path(graph, half).name) < PRECISION_TOLERANCE[half]
+        assert errors == {}
 
 
 @pytest.mark.parametrize("bundle", ["stock", "exact"])

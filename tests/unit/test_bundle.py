@@ -149,6 +149,45 @@ def test_graph_whose_file_is_not_listed(folder):
     assert "target.graphs.backbone names 'other.onnx', which is not in files" in refusal(folder)
 
 
+def test_variants_are_found(folder):
+    bundle = load_bundle(folder)
+    graph = bundle.manifest.target.graphs["backbone"]
+    assert bundle.path(graph) == bundle.path(graph, "fp32") == folder / "target.backbone.onnx"
+    assert bundle.path(graph, "bf16") == folder / "target.backbone.bf16.onnx"
+
+
+def test_a_variant_that_was_not_exported(folder):
+    variants = read_manifest(folder)["target"]["graphs"]["backbone"]["variants"]
+    edit_manifest(folder, "target", "graphs", "backbone", "variants", value={"fp16": variants["fp16"]})
+    bundle = load_bundle(folder)
+    with pytest.raises(BundleError) as caught:
+        bundle.path(bundle.manifest.target.graphs["backbone"], "bf16")
+    assert str(caught.value) == (
+        f"{folder}: target.backbone.onnx was exported to compute in fp32, fp16, not in bf16; "
+        "export the bundle again with --compute bf16"
+    )
+
+
+def test_a_manifest_from_before_there_were_variants(folder):
+    graph = read_manifest(folder)["target"]["graphs"]["backbone"]
+    del graph["variants"]
+    edit_manifest(folder, "target", "graphs", "backbone", value=graph)
+    assert load_bundle(folder).manifest.target.graphs["backbone"].variants == {}
+
+
+@pytest.mark.parametrize(
+    ("variants", "said"),
+    [
+        ({"fp16": "other.onnx"}, "target.graphs.backbone names 'other.onnx', which is not in files"),
+        ({"fp32": "target.backbone.onnx"}, "target.graphs.backbone.variants has 'fp32'"),
+        ({"int8": "target.backbone.fp16.onnx"}, "target.graphs.backbone.variants.int8"),
+    ],
+)
+def test_variants_that_cannot_be(folder, variants, said):
+    edit_manifest(folder, "target", "graphs", "backbone", "variants", value=variants)
+    assert said in refusal(folder)
+
+
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
