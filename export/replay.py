@@ -143,9 +143,9 @@ class _Replay:
         span = Span.of(order, np.array([0, count, manifest.tokens]), np.ones(images, np.int64), 1)
         found = {}
         for name, of in ((f"z_{count}", labels), (f"z_uncond_{count}", np.full(images, manifest.classes))):
-            session = self.pipeline.session(of, DecodeOptions(mode="target", guidance=1.0))
-            assert session.target is not None
-            z = session.target.backbone.condition(tokens, span)[0]
+            backbone = self.pipeline.session(DecodeOptions(mode="target", guidance=1.0)).target.backbone
+            backbone.begin(of)
+            z = backbone.condition(tokens, span)[0]
             shape = (images, manifest.tokens, z.shape[1])
             found[name] = (z, partial(self._at, name, shape, span))
         return found
@@ -241,18 +241,16 @@ class _Replay:
             guidance_schedule=recording.schedule,
             temperature=recording.temperature,
         )
-        session = self.pipeline.session(labels, options)
+        session = self.pipeline.session(options)
         manifest = self.pipeline.bundle.manifest
         shape = (len(labels), manifest.tokens, manifest.token_dim)
         noise = RecordedNoise.of(self.reference, kind, recording.ar_steps, shape)
-        tokens = Decoder(session, noise, np.arange(len(labels)), Counters(), lambda _: None).run()
+        tokens = Decoder(session, noise, labels, np.arange(len(labels)), Counters(), lambda _: None).run()
         recorded = self.reference.floats(f"image_{kind}", None, None, None, None)
         return self._with_recorded({f"image_{kind}": _unpatchify(tokens, recorded.shape)})
 
     def _target(self, options: DecodeOptions) -> Model:
-        target = self.pipeline.session(np.zeros(1, np.int64), options).target
-        assert target is not None
-        return target
+        return self.pipeline.session(options).target
 
 
 @dataclass(frozen=True)

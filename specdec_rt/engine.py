@@ -1,15 +1,18 @@
-"""What every backend offers: graphs made into engines, engines bound to buffers, bound calls run."""
+"""What every backend offers: graphs made into engines, engines bound to buffers, calls run as one step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from specdec_rt.types import Array
 
-__all__ = ["Backend", "BoundCall", "Engine"]
+__all__ = ["Backend", "BoundCall", "Device", "Engine", "Limits", "run_once"]
 
 BoundCall = Callable[[], None]
-"""Runs its engine once: reads the bound inputs as they are now, writes the bound outputs in place."""
+"""Does its work once on the buffers as they are then; what it is bound to never changes."""
 
 
 class Engine(Protocol):
@@ -22,20 +25,107 @@ class Engine(Protocol):
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
         """Fix the buffers of a call, once, so that running it moves nothing and allocates nothing.
 
-        Every input and output of the graph is named; arrays are C-contiguous and have the binding's
-        dtype. One array may be an input and an output. Raises BackendError where a buffer does not fit.
+        Every input and output of the graph is named; arrays are the device's (or contiguous parts of them)
+        and have the binding's dtype. One array may be an input and an output. Raises BackendError where a
+        buffer does not fit.
         """
         ...
 
 
+class Device(Protocol):
+    """Where buffers lie: arrays that the host fills and reads, each with a twin that engines see.
+
+    On a CPU an array is its own twin. On a GPU the array lies in pinned host memory and its twin in device
+    memory; what moves between them is said by `upload` and `download`, and all work is queued on one stream:
+    a call returns before its work is done, `wait` after it.
+    """
+
+    def zeros(self, shape: tuple[int, ...], dtype: type[np.generic], *, staged: bool = True) -> Array:
+        """An array of zeros, and its twin. One that is not `staged` has no host side: it only names its twin."""
+        ...
+
+    def upload(self, *arrays: Array) -> BoundCall:
+        """Copies arrays (contiguous) to their twins."""
+        ...
+
+    def download(self, *arrays: Array) -> BoundCall:
+        """Copies twins to their arrays (contiguous)."""
+        ...
+
+    def copy(self, destination: Array, source: Array) -> BoundCall:
+        """Copies one float32 twin, broadcast if need be, to another; both may be views with strides."""
+        ...
+
+    def gather(self, destination: Array, source: Array, index: Array) -> BoundCall:
+        """`destination [R, W] = source[index [R]]`, of rows `[N, W]`, float32."""
+        ...
+
+    def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
+        """`destination[index [R]] = source [R, W]`, float32; rows of one index hold the same values."""
+        ...
+
+    def combine(self, destination: Array, terms: Sequence[tuple[float, Array]]) -> BoundCall:
+        """`destination = Σ factor · array` over at most four terms, added up in float64; all contiguous."""
+        ...
+
+    def record(self, calls: Sequence[BoundCall]) -> BoundCall:
+        """All calls as one, launched together (a CUDA graph where the device has them)."""
+        ...
+
+    def wait(self) -> None:
+        """Return when everything queued is done. Raises BackendError where it failed."""
+        ...
+
+    def lanes(self, images: int) -> int:
+        """How many images' buffers a batch of `images` takes: itself, or the next size that steps are captured for."""
+        ...
+
+    def padded(self, count: int, limit: int) -> int:
+        """What a size that changes between calls is padded to, at most `limit`; itself where nothing is captured."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a backend's engines were built for at most; None: anything goes."""
+
+    batch_size: int | None = None
+    """images at a time"""
+    draft_length: int | None = None
+    """AR steps drafted per round"""
+
+
 class Backend(Protocol):
-    """A library that executes graphs."""
+    """A library that executes graphs, and the device that it does so on."""
 
     @property
     def name(self) -> str:
         """What the user calls it."""
         ...
 
-    def load(self, path: Path) -> Engine:
-        """Make an engine of the ONNX file at `path`. Raises BackendError where that is impossible."""
+    @property
+    def device(self) -> Device:
+        """Where its engines' buffers lie."""
         ...
+
+    @property
+    def limits(self) -> Limits:
+        """What its engines can take."""
+        ...
+
+    def load(self, path: Path) -> Engine:
+        """Make an engine of the bundle's ONNX file at `path`. Raises BackendError where that is impossible."""
+        ...
+
+
+def run_once(device: Device, engine: Engine, inputs: Mapping[str, Array], output: str, shape: tuple[int, ...]) -> Array:
+    """The float32 `output` of so many sizes that an engine makes of host arrays, in buffers of this call alone."""
+    staged = {name: device.zeros(array.shape, array.dtype.type) for name, array in inputs.items()}
+    for name, array in inputs.items():
+        staged[name][...] = array
+    result = device.zeros(shape, np.float32)
+    device.upload(*staged.values())()
+    engine.bind(staged, {output: result})()
+    device.download(result)()
+    device.wait()
+    return result

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from specdec_rt.engine import Engine
+from specdec_rt.engine import Device, Engine, run_once
 from specdec_rt.manifest import Family, ImageLayout
 from specdec_rt.types import Array, FloatArray
 
@@ -23,14 +23,14 @@ def lay_patches(tokens: FloatArray, layout: ImageLayout, family: Family) -> Floa
     return pixels.reshape(-1, layout.height, layout.width, channels)
 
 
-def decode_pixels(tokens: FloatArray, layout: ImageLayout, decoder: Engine) -> FloatArray:
+def decode_pixels(tokens: FloatArray, layout: ImageLayout, device: Device, decoder: Engine) -> FloatArray:
     """Tokens `[N, L, D]` to images `[N, H, W, C]`, so many at a time that the decoder's activations fit."""
     size = max(PIXELS_PER_CALL // (layout.height * layout.width), 1)
-    pixels = np.empty((len(tokens), layout.height, layout.width, layout.channels), np.float32)
-    for begin in range(0, len(tokens), size):
-        some = np.ascontiguousarray(tokens[begin : begin + size])
-        decoder.bind({"tokens": some}, {"pixels": pixels[begin : begin + size]})()
-    return pixels
+    shape = (layout.height, layout.width, layout.channels)
+    parts = [tokens[begin : begin + size] for begin in range(0, len(tokens), size)]
+    return np.concatenate(
+        [run_once(device, decoder, {"tokens": part}, "pixels", (len(part), *shape)) for part in parts]
+    )
 
 
 def to_bytes(pixels: FloatArray) -> Array:

@@ -69,13 +69,13 @@ def _contexts(pipeline: Pipeline, draft: str) -> tuple[Any, list[Context]]:
     labels = np.arange(CONTEXTS) % manifest.classes
     images = pipeline.generate(labels, seed=5, mode="target").tokens
     known = images + manifest.chain.final_std * rng.standard_normal(images.shape, dtype=np.float32)
-    session = pipeline.session(labels, DecodeOptions(mode="exact", draft=draft, ar_steps=manifest.tokens))
+    session = pipeline.session(DecodeOptions(mode="exact", draft=draft, ar_steps=manifest.tokens))
     order = np.stack([rng.permutation(manifest.tokens) for _ in labels])
     count = rng.integers(0, manifest.tokens, CONTEXTS)
     span = Span.of(order, np.arange(manifest.tokens + 1), count, 1)
-    assert session.target is not None
-    assert session.draft is not None
-    z, draft_z = (model.backbone.condition(known, span) for model in (session.target, session.draft))
+    for model in session.steps.models:
+        model.backbone.begin(labels)
+    z, draft_z = (model.backbone.condition(known, span) for model in session.steps.models)
     guidance = session.plan.guidance_at(span.ar_step)
     return session, [
         Context(*(np.repeat(values[:, i : i + 1], DRAWS, axis=1) for values in (z, draft_z, guidance)))
@@ -100,15 +100,15 @@ def _propose(drafter: Head, context: Context, rng: np.random.Generator) -> Propo
 def _exact(target: Head, drafter: Head, rng: np.random.Generator, context: Context) -> tuple[FloatArray, float]:
     proposal, n, dim = _propose(drafter, context, rng), target.chain.length, target.token_dim
     z, guidance = context.target_z, context.guidance
-    judgement = judge_exact(target, z, guidance, proposal, rng.random((DRAWS, n + 1)))
+    means = target.means(proposal.drawn.path, z, guidance)
+    judgement = judge_exact(target.chain, proposal, means, rng.random((DRAWS, n + 1)))
     token, rows = proposal.token.copy(), np.flatnonzero(~judgement.accepted)
     token[rows] = complete_exact(
-        target,
-        z,
-        guidance,
+        target.chain,
         proposal,
         judgement,
         rows,
+        target.finish(z, guidance),
         coordinate=rng.random(len(rows)),
         direction=rng.standard_normal((len(rows), dim)),
         fresh=rng.standard_normal((len(rows), n, dim), dtype=np.float32),
@@ -120,10 +120,11 @@ def _paper(
     target: Head, drafter: Head, rng: np.random.Generator, tau: float, context: Context
 ) -> tuple[FloatArray, float]:
     proposal = _propose(drafter, context, rng)
-    judgement = judge_paper(target, context.target_z, context.guidance, proposal, rng.random(DRAWS), tau)
+    aligned = target.sample(context.target_z, context.guidance, proposal.noise.start, proposal.noise.steps)
+    judgement = judge_paper(target.chain, proposal, aligned, rng.random(DRAWS), tau)
     token, rows = proposal.token.copy(), np.flatnonzero(~judgement.accepted)
     normal = rng.standard_normal((len(rows), PAPER_TRIES, target.token_dim))
-    token[rows] = complete_paper(target, judgement, rows, normal, rng.random((len(rows), PAPER_TRIES))).token
+    token[rows] = complete_paper(target.chain, judgement, rows, normal, rng.random((len(rows), PAPER_TRIES))).token
     return token, float(judgement.accepted.mean())
 
 

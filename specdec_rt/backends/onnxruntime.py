@@ -1,17 +1,18 @@
 """ONNX Runtime on the CPU: IO binding over NumPy buffers, nothing copied."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
-from specdec_rt.engine import BoundCall
+from specdec_rt.backends.host import HostDevice
+from specdec_rt.engine import BoundCall, Limits
 from specdec_rt.errors import BackendError
 from specdec_rt.types import Array
 
-__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine"]
+__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine", "check_buffers", "declared_values"]
 
 _DTYPES = {
     "tensor(float)": np.dtype(np.float32),
@@ -19,16 +20,25 @@ _DTYPES = {
     "tensor(bool)": np.dtype(np.bool_),
 }
 
+Declared = Mapping[str, onnxruntime.NodeArg]
+
 
 @dataclass(frozen=True)
 class OnnxRuntimeBackend:
-    """Makes engines that run on `threads` cores (None: as many as ONNX Runtime finds)."""
+    """Makes engines that run on `threads` cores (None: as many as ONNX Runtime finds).
+
+    `file_of` gives the file to load for a bundle's ONNX file (its precision).
+    """
 
     threads: int | None = None
+    file_of: Callable[[Path], Path] = Path
     name: str = "onnxruntime"
+    device: HostDevice = field(default_factory=HostDevice)
+    limits: Limits = field(default_factory=Limits)
 
     def load(self, path: Path) -> "OnnxRuntimeEngine":
         """Make an engine of the ONNX file at `path`. Raises BackendError where ONNX Runtime cannot."""
+        path = self.file_of(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads or 0
         options.log_severity_level = 3  # what it warns of is no news to a user of the bundle
@@ -48,14 +58,13 @@ class OnnxRuntimeEngine:
     def __init__(self, path: Path, session: onnxruntime.InferenceSession) -> None:
         self._path = path
         self._session = session
-        self._inputs = {value.name: value for value in session.get_inputs()}
-        self._outputs = {value.name: value for value in session.get_outputs()}
+        self._inputs, self._outputs = declared_values(session)
         self.inputs, self.outputs = frozenset(self._inputs), frozenset(self._outputs)
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
         """Fix the buffers of a call. Raises BackendError where one does not fit its binding."""
-        self._check("inputs", self._inputs, inputs)
-        self._check("outputs", self._outputs, outputs)
+        check_buffers(self._path, "inputs", self._inputs, inputs)
+        check_buffers(self._path, "outputs", self._outputs, outputs)
         binding = self._session.io_binding()
         # On the CPU an OrtValue shares its array's memory, and only the Python object keeps the array alive.
         arrays = {id(array): array for array in (*inputs.values(), *outputs.values())}
@@ -65,21 +74,6 @@ class OnnxRuntimeEngine:
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, values[id(array)])
         return _OnnxRuntimeCall(self._path, self._session, binding, tuple(values.values()), tuple(arrays.values()))
-
-    def _check(self, kind: str, declared: Mapping[str, onnxruntime.NodeArg], given: Mapping[str, Array]) -> None:
-        if declared.keys() != given.keys():
-            raise BackendError(f"{self._path} has the {kind} {sorted(declared)}, was bound to {sorted(given)}")
-        for name, array in given.items():
-            value = declared[name]
-            sizes = [size if isinstance(size, int) else None for size in value.shape]
-            fits = len(sizes) == array.ndim and all(
-                size in (None, found) for size, found in zip(sizes, array.shape, strict=True)
-            )
-            if not fits or _DTYPES.get(value.type) != array.dtype or not array.flags.c_contiguous:
-                raise BackendError(
-                    f"{self._path}: {name} is {value.type} {value.shape}; was bound to {array.dtype} {array.shape}"
-                    f"{'' if array.flags.c_contiguous else ', not contiguous'}"
-                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +91,28 @@ class _OnnxRuntimeCall:
             self.session.run_with_iobinding(self.binding)
         except Exception as error:  # ONNX Runtime raises a family of unrelated types
             raise BackendError(f"ONNX Runtime failed while it ran {self.path}: {error}") from error
+
+
+def declared_values(session: onnxruntime.InferenceSession) -> tuple[Declared, Declared]:
+    """A session's inputs and outputs by name."""
+    return (
+        {value.name: value for value in session.get_inputs()},
+        {value.name: value for value in session.get_outputs()},
+    )
+
+
+def check_buffers(path: Path, kind: str, declared: Declared, given: Mapping[str, Array]) -> None:
+    """Raise BackendError where buffers are not those, in name, type and shape, that the graph at `path` declares."""
+    if declared.keys() != given.keys():
+        raise BackendError(f"{path} has the {kind} {sorted(declared)}, was bound to {sorted(given)}")
+    for name, array in given.items():
+        value = declared[name]
+        sizes = [size if isinstance(size, int) else None for size in value.shape]
+        fits = len(sizes) == array.ndim and all(
+            size in (None, found) for size, found in zip(sizes, array.shape, strict=True)
+        )
+        if not fits or _DTYPES.get(value.type) != array.dtype or not array.flags.c_contiguous:
+            raise BackendError(
+                f"{path}: {name} is {value.type} {value.shape}; was bound to {array.dtype} {array.shape}"
+                f"{'' if array.flags.c_contiguous else ', not contiguous'}"
+            )

@@ -1,16 +1,17 @@
 """A diffusion head on its engines: chains sampled step by step, or judged in one batched call."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from specdec_rt.engine import BoundCall, Engine
+from specdec_rt.engine import BoundCall, Device, Engine
 from specdec_rt.errors import BackendError
 from specdec_rt.schedule import Chain
 from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
 
-__all__ = ["Head", "Trajectory"]
+__all__ = ["ChainBuffers", "DensityPart", "Head", "Trajectory", "require_finite"]
 
 KEPT_SHAPES = 32
 """Batch shapes whose buffers are kept for the next call."""
@@ -30,26 +31,52 @@ class Trajectory:
     """`[R, n, D]` standard deviations of those draws, where the chain learns them"""
 
 
-@dataclass(frozen=True)
-class _StepBuffers:
-    """Static buffers of one batch shape, and the calls bound to them, one per transition."""
+@dataclass(frozen=True, eq=False)
+class ChainBuffers:
+    """Static buffers of R chains, and the calls bound to them.
+
+    Call i takes row r through transition `step[i, r]`: rows that begin late in the chain start with the
+    others and are done before them.
+    """
 
     z: Array
+    """`[G, R, Z]`"""
     guidance: Array
+    """`[G, R]`"""
+    step: Array
+    """`[n, R]`"""
     path: Array
     """`[n + 1, R, D]`"""
     noise: Array
+    """`[n, R, D]`"""
     mean: Array
+    """`[n, R, D]`"""
     std: Array | None
+    """`[n, R, D]`, where the chain learns it"""
     calls: list[BoundCall]
+    """`[n]`"""
+
+    @property
+    def drawn(self) -> tuple[Array, ...]:
+        """What a run of all calls leaves."""
+        return (self.path, self.mean) if self.std is None else (self.path, self.mean, self.std)
+
+    def begin_at(self, begin: IntArray | None) -> None:
+        """Stage the transitions: all from the first one on, or row r from `begin[r]`."""
+        n = len(self.step)
+        step = np.arange(n)[:, None]
+        self.step[:] = step if begin is None else np.minimum(begin + step, n - 1)
 
 
-@dataclass(frozen=True)
-class _DensityBuffers:
+@dataclass(frozen=True, eq=False)
+class DensityPart:
+    """Some rows of a batch whose means are evaluated in one call."""
+
+    rows: slice
     z: Array
+    """`[G, r, Z]`"""
     guidance: Array
-    path: Array
-    mean: Array
+    """`[G, r]`"""
     call: BoundCall
 
 
@@ -58,6 +85,7 @@ class Head:
 
     def __init__(
         self,
+        device: Device,
         denoise_step: Engine,
         log_density: Engine,
         time_table: FloatArray,
@@ -65,16 +93,54 @@ class Head:
         token_dim: int,
         z_dim: int,
     ) -> None:
+        self.device = device
         self.chain = chain
         self.token_dim = token_dim
         self.z_dim = z_dim
+        self.learned = chain.spec.variance == "learned"
         self._denoise_step = denoise_step
         self._log_density = log_density
-        self._learned = chain.spec.variance == "learned"
-        self._tables = {"time_table": time_table, "coefficients": chain.coefficients.astype(np.float32)}
+        self._tables = {"time_table": time_table, "coefficients": chain.coefficients}
+        for name, table in self._tables.items():
+            self._tables[name] = device.zeros(table.shape, np.float32)
+            self._tables[name][:] = table
+            device.upload(self._tables[name])()
+        device.wait()
         # A batch shrinks as its images finish: many shapes come by, the last used come again.
-        self._steps = lru_cache(maxsize=KEPT_SHAPES)(self._bind_steps)
-        self._density = lru_cache(maxsize=KEPT_SHAPES)(self._bind_density)
+        self.buffers = lru_cache(maxsize=KEPT_SHAPES)(self._make_buffers)
+        """`(branches, rows)` → the buffers of so many chains"""
+        self._means = lru_cache(maxsize=KEPT_SHAPES)(self._make_means)
+
+    # --- parts of a step, recorded with others ------------------------------------------------------
+
+    def run(
+        self, buffers: ChainBuffers, evaluate: BoolArray | None = None, length: int | None = None
+    ) -> list[BoundCall]:
+        """The calls of a chain, or of its first `length`.
+
+        Where `evaluate [n]` is False the head is not called: its last prediction of the clean token is held.
+        """
+        if evaluate is None:
+            return buffers.calls[:length]
+        calls: list[BoundCall] = []
+        last = 0
+        for step, evaluated in enumerate(evaluate):
+            if evaluated:
+                calls.append(buffers.calls[step])
+                last = step
+            else:
+                calls += self._hold(buffers, step, last)
+        return calls
+
+    def density(self, branches: int, path: Array, mean: Array) -> list[DensityPart]:
+        """What evaluates the means `[R, n, D]` of the transitions out of the states of `path [R, n + 1, D]`.
+
+        One call, or several where a batch is so large that its activations might not fit.
+        """
+        size = max(STATES_PER_CALL // (branches * self.chain.length), 1)
+        return [self._part(branches, path, mean, slice(i, min(i + size, len(path)))) for i in range(0, len(path), size)]
+
+    # --- whole steps --------------------------------------------------------------------------------
 
     def sample(
         self,
@@ -89,102 +155,108 @@ class Head:
         """Run the chains of R rows to their ends.
 
         `z [G, R, Z]`, `guidance [G, R]`, `start [R, D]` the state before transition `begin [R]` (default 0),
-        `noise [R, n, D]`. Where `evaluate [n]` is False the head is not called: its last prediction of
-        the clean token is held. What lies before `begin` in the result means nothing.
+        `noise [R, n, D]`, `evaluate` as in `run`. What lies before `begin` in the result means nothing.
         """
-        n, rows = self.chain.length, len(start)
-        begin = np.zeros(rows, np.int64) if begin is None else begin
-        buffers = self._steps(z.shape[0], rows)
-        buffers.z[:], buffers.guidance[:] = z, guidance
-        buffers.noise[:] = noise.swapaxes(0, 1)
-        first = int(begin.min())
-        # Rows that start later run along from the first step on; each is set right at its own.
-        buffers.path[first] = start
-        held = np.zeros(0)
-        for step in range(first, n):
-            if step > first:
-                late = begin == step
-                if late.any():
-                    buffers.path[step, late] = start[late]
-            if evaluate is None or evaluate[step]:
-                buffers.calls[step]()
-                if evaluate is not None:
-                    held = self._predict_clean(buffers, step)
-            else:
-                self._hold(buffers, step, held)
-        ends = begin == n
-        if ends.any():
-            buffers.path[n, ends] = start[ends]
-        _require_finite(buffers.path[n], "denoise_step")
-        std = None if buffers.std is None else buffers.std.swapaxes(0, 1).copy()
-        return Trajectory(buffers.path.swapaxes(0, 1).copy(), buffers.mean.swapaxes(0, 1).copy(), std)
+        device, n, rows = self.device, self.chain.length, np.arange(len(start))[:, None]
+        first = np.zeros(len(start), np.int64) if begin is None else begin
+        buffers = self.buffers(len(z), len(start))
+        buffers.z[:], buffers.guidance[:], buffers.path[0] = z, guidance, start
+        buffers.begin_at(first)
+        buffers.noise[:] = noise[rows, buffers.step.T].swapaxes(0, 1)
+        staged = (buffers.z, buffers.guidance, buffers.step, buffers.path[0], buffers.noise)
+        calls = self.run(buffers, evaluate, n - int(first.min()))
+        device.record([device.upload(*staged), *calls, device.download(*buffers.drawn)])()
+        device.wait()
+        at = np.maximum(np.arange(n + 1) - first[:, None], 0)
+        path, mean = buffers.path[at, rows], buffers.mean[at[:, :n], rows]
+        require_finite(path[:, n], "denoise_step")
+        return Trajectory(path, mean, None if buffers.std is None else buffers.std[at[:, :n], rows])
 
     def means(self, path: FloatArray, z: FloatArray, guidance: FloatArray) -> FloatArray:
-        """`[R, n, D]`: the mean of every transition out of the states of `path [R, n + 1, D]`.
+        """`[R, n, D]`: the mean of every transition out of the states of `path [R, n + 1, D]`."""
+        device = self.device
+        states, mean, parts = self._means(len(z), len(path))
+        states[:] = path
+        calls = [device.upload(states)]
+        for part in parts:
+            part.z[:], part.guidance[:] = z[:, part.rows], guidance[:, part.rows]
+            calls += [device.upload(part.z, part.guidance), part.call]
+        device.record([*calls, device.download(mean)])()
+        device.wait()
+        require_finite(mean, "log_density")
+        return mean.copy()
 
-        One batched call, or several where a batch is so large that its activations might not fit.
-        """
-        size = max(STATES_PER_CALL // (z.shape[0] * self.chain.length), 1)
-        mean = np.empty((len(path), self.chain.length, self.token_dim), np.float32)
-        for begin in range(0, len(path), size):
-            rows = slice(begin, begin + size)
-            buffers = self._density(z.shape[0], len(path[rows]))
-            buffers.path[:], buffers.z[:], buffers.guidance[:] = path[rows], z[:, rows], guidance[:, rows]
-            buffers.call()
-            mean[rows] = buffers.mean
-        _require_finite(mean, "log_density")
-        return mean
+    def finish(
+        self, z: FloatArray, guidance: FloatArray
+    ) -> Callable[[IntArray, FloatArray, FloatArray, IntArray], tuple[FloatArray, FloatArray]]:
+        """A `verify.Finish` for chains whose R rows have `z [G, R, Z]` and `guidance [G, R]`."""
 
-    def _predict_clean(self, buffers: _StepBuffers, step: int) -> Array:
-        chain = self.chain
-        epsilon = (buffers.mean[step] - chain.state_coefficient[step] * buffers.path[step]) / chain.epsilon_coefficient[
-            step
-        ]
-        return np.asarray(chain.prediction_state[step] * buffers.path[step] + chain.prediction_epsilon[step] * epsilon)
+        def finish(
+            rows: IntArray, start: FloatArray, noise: FloatArray, begin: IntArray
+        ) -> tuple[FloatArray, FloatArray]:
+            drawn = self.sample(z[:, rows], guidance[:, rows], start, noise, begin=begin)
+            return drawn.path[:, -1], drawn.mean[:, -1]
 
-    def _hold(self, buffers: _StepBuffers, step: int, clean: Array) -> None:
-        chain = self.chain
+        return finish
+
+    # --- buffers ------------------------------------------------------------------------------------
+
+    def _hold(self, buffers: ChainBuffers, step: int, last: int) -> list[BoundCall]:
+        """A transition on the clean token that step `last` predicted."""
+        device, chain = self.device, self.chain
+        clean_of_epsilon = chain.prediction_epsilon[last] / chain.epsilon_coefficient[last]
+        clean_of_state = chain.prediction_state[last] - clean_of_epsilon * chain.state_coefficient[last]
         of_clean = chain.epsilon_coefficient[step] / chain.prediction_epsilon[step]
         of_state = chain.state_coefficient[step] - of_clean * chain.prediction_state[step]
-        buffers.mean[step] = of_state * buffers.path[step] + of_clean * clean
-        buffers.path[step + 1] = buffers.mean[step] + chain.std[step] * buffers.noise[step]
+        terms = [
+            (float(of_state), buffers.path[step]),
+            (float(of_clean * clean_of_state), buffers.path[last]),
+            (float(of_clean * clean_of_epsilon), buffers.mean[last]),
+        ]
+        drawn = [(1.0, buffers.mean[step]), (float(chain.std[step]), buffers.noise[step])]
+        return [device.combine(buffers.mean[step], terms), device.combine(buffers.path[step + 1], drawn)]
 
-    def _bind_steps(self, branches: int, rows: int) -> _StepBuffers:
-        n, dim = self.chain.length, self.token_dim
-        z, guidance = self._conditions(branches, rows)
-        path = np.zeros((n + 1, rows, dim), np.float32)
-        noise, mean = np.zeros((n, rows, dim), np.float32), np.zeros((n, rows, dim), np.float32)
-        std = np.zeros((n, rows, dim), np.float32) if self._learned else None
+    def _make_buffers(self, branches: int, rows: int) -> ChainBuffers:
+        device, n, dim = self.device, self.chain.length, self.token_dim
+        z = device.zeros((branches, rows, self.z_dim), np.float32)
+        guidance = device.zeros((branches, rows), np.float32)
+        step = device.zeros((n, rows), np.int64)
+        path = device.zeros((n + 1, rows, dim), np.float32)
+        noise, mean = (device.zeros((n, rows, dim), np.float32) for _ in range(2))
+        std = device.zeros((n, rows, dim), np.float32) if self.learned else None
         calls = [
             self._denoise_step.bind(
                 {
-                    "state": path[step],
+                    "state": path[i],
                     "z": z,
                     "guidance": guidance,
                     **self._tables,
-                    "step": np.full(rows, step, np.int64),
-                    "noise": noise[step],
+                    "step": step[i],
+                    "noise": noise[i],
                 },
-                {"next_state": path[step + 1], "mean": mean[step], **({} if std is None else {"std": std[step]})},
+                {"next_state": path[i + 1], "mean": mean[i], **({} if std is None else {"std": std[i]})},
             )
-            for step in range(n)
+            for i in range(n)
         ]
-        return _StepBuffers(z, guidance, path, noise, mean, std, calls)
+        return ChainBuffers(z, guidance, step, path, noise, mean, std, calls)
 
-    def _bind_density(self, branches: int, rows: int) -> _DensityBuffers:
+    def _make_means(self, branches: int, rows: int) -> tuple[Array, Array, list[DensityPart]]:
         n, dim = self.chain.length, self.token_dim
-        z, guidance = self._conditions(branches, rows)
-        path, mean = np.zeros((rows, n + 1, dim), np.float32), np.zeros((rows, n, dim), np.float32)
-        std = {"std": np.zeros_like(mean)} if self._learned else {}
-        inputs = {"path": path, "z": z, "guidance": guidance, **self._tables}
-        call = self._log_density.bind(inputs, {"mean": mean, **std})
-        return _DensityBuffers(z, guidance, path, mean, call)
+        path = self.device.zeros((rows, n + 1, dim), np.float32)
+        mean = self.device.zeros((rows, n, dim), np.float32)
+        return path, mean, self.density(branches, path, mean)
 
-    def _conditions(self, branches: int, rows: int) -> tuple[Array, Array]:
-        return np.zeros((branches, rows, self.z_dim), np.float32), np.zeros((branches, rows), np.float32)
+    def _part(self, branches: int, path: Array, mean: Array, rows: slice) -> DensityPart:
+        device, count = self.device, rows.stop - rows.start
+        z = device.zeros((branches, count, self.z_dim), np.float32)
+        guidance = device.zeros((branches, count), np.float32)
+        inputs = {"path": path[rows], "z": z, "guidance": guidance, **self._tables}
+        std = {"std": device.zeros(mean[rows].shape, np.float32, staged=False)} if self.learned else {}
+        return DensityPart(rows, z, guidance, self._log_density.bind(inputs, {"mean": mean[rows], **std}))
 
 
-def _require_finite(values: Array, graph: str) -> None:
+def require_finite(values: Array, graph: str) -> None:
+    """Raise BackendError where an engine's output is not finite."""
     # A comparison with NaN is False: it would pass for a rejection, and then for a pixel.
     if not np.isfinite(values).all():
         raise BackendError(

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from specdec_rt.config import GuidanceSchedule, Mode
-from specdec_rt.decode.draft import ChainNoise, Model, Proposal, propose
+from specdec_rt.decode.chain import Trajectory
+from specdec_rt.decode.draft import ChainNoise, Model, Proposal
 from specdec_rt.decode.stats import Counters
+from specdec_rt.decode.steps import Steps
 from specdec_rt.decode.verify import (
     Completion,
     ExactJudgement,
@@ -67,99 +69,121 @@ class Plan:
 
 @dataclass(frozen=True)
 class Session:
-    """A pair of models with their buffers, fresh for one batch, and the plan that they carry out."""
+    """A pair of models with their buffers, ready for one batch, and the plan that they carry out."""
 
     plan: Plan
-    target: Model | None
-    """None in `draft` mode"""
-    draft: Model | None
-    """None in `target` mode, and where the target's own head drafts"""
+    steps: Steps
+
+    @property
+    def target(self) -> Model:
+        """The target; of no use in `draft` mode, where there is none."""
+        assert self.steps.target is not None
+        return self.steps.target
+
+    @property
+    def lead(self) -> Model:
+        """The model whose chain counts."""
+        return self.steps.models[0]
 
 
 class Decoder:
     """One batch from first to last token.
 
-    `images [B]` are the images' keys to their noise; `committed` is told of every token when it is final.
+    Every image has a *lane* of its own in the buffers; lanes are never fewer than the images that are not
+    done, and may be more (the next size that steps are captured for): idle lanes stand past the last AR step.
+    `images [B]` are the images' keys to their noise, `labels [B]` theirs; `committed` is told of every token
+    when it is final.
     """
 
     def __init__(
         self,
         session: Session,
         noise: Draws,
+        labels: IntArray,
         images: IntArray,
         counters: Counters,
         committed: Callable[[int], None],
     ) -> None:
         plan = self._plan = session.plan
-        self._target, self._draft = session.target, session.draft
+        self._steps = session.steps
+        self._chain = session.lead.head.chain
+        self._token_dim = session.lead.head.token_dim
         self._noise = noise
         self._images = images
         self._counters = counters
         self._tell = committed
-        lead = session.target or session.draft
-        assert lead is not None
-        self._head = lead.head
         self.order = self._draw_order()
         """`[B, L]` each image's places in the order in which they are predicted"""
-        self._fed = np.zeros((len(images), plan.tokens, lead.head.token_dim), np.float32)
+        self._fed = np.zeros((len(images), plan.tokens, self._token_dim), np.float32)
         self._shown = np.zeros_like(self._fed)
-        self._step = np.zeros(len(images), np.int64)
-        self._active = np.arange(len(images))
+        idle = session.steps.device.lanes(len(images)) - len(images)
+        self._lane = np.concatenate([np.arange(len(images)), np.zeros(idle, np.int64)])
+        """`[A]` the image of each lane"""
+        self._step = np.concatenate([np.zeros(len(images), np.int64), np.full(idle, plan.schedule.steps)])
+        """`[A]` the AR step that each lane makes next"""
+        for model in session.steps.models:
+            model.backbone.begin(labels[self._lane])
 
     def run(self) -> FloatArray:
         """Decode all tokens; returns those to show, `[B, L, D]` float32."""
-        steps = self._plan.schedule.steps
-        if self._plan.mode == "draft":
-            assert self._draft is not None
-            self._alone(self._draft, steps)
-        else:
-            assert self._target is not None
-            self._alone(self._target, steps if self._plan.mode == "target" else self._plan.prefill)
+        plan, steps = self._plan, self._steps
+        if plan.mode == "draft":
+            self._alone(steps.draft, plan.schedule.steps)
+            return self._shown
+        self._alone(steps.target, plan.schedule.steps if plan.mode == "target" else plan.prefill)
+        self._retire()
+        if steps.draft is not None and self._going.any():
+            known = self._plan.schedule.known
+            calls = steps.catch_up(self.order[self._lane], known, self._fed[self._lane], plan.prefill)
+            self._counters.draft_backbone_calls += calls * int(self._going.sum())
+        while self._going.any():
+            self._round()
             self._retire()
-            if self._draft is not None and len(self._active):
-                calls = self._draft.backbone.catch_up(self._fed[self._active], self._step[self._active])
-                self._counters.draft_backbone_calls += calls * len(self._active)
-            while len(self._active):
-                self._round(self._target)
-                self._retire()
         return self._shown
+
+    @property
+    def _going(self) -> BoolArray:
+        """`[A]` which lanes still have tokens to make."""
+        return np.asarray(self._step < self._plan.schedule.steps)
 
     # --- one model alone ---------------------------------------------------------------------------
 
-    def _alone(self, model: Model, steps: int) -> None:
+    def _alone(self, model: Model | None, count: int) -> None:
         """Make the tokens of so many AR steps of every image without speculation."""
-        plan, batch = self._plan, len(self._images)
-        evaluate = plan.evaluate if model is self._draft else None
-        for _ in range(steps):
+        assert model is not None
+        plan, batch, drafting = self._plan, len(self._images), model is self._steps.draft
+        head_calls = self._head_calls(plan.evaluate if drafting else None)
+        for _ in range(count):
             span = self._span(1)
-            z = model.backbone.condition(self._fed, span)
-            noise = self._chain_noise(self._images[span.owner], span.place)
-            drawn = model.head.sample(z, plan.guidance_at(span.ar_step), noise.start, noise.steps, evaluate=evaluate)
-            if model is self._draft:
+            noise = self._chain_noise(self._images[self._lane[span.owner]], span.place)
+            guidance = plan.guidance_at(span.ar_step)
+            token, mean = self._steps.single(model, self._fed[self._lane], span, noise, guidance)
+            if drafting:
                 self._counters.draft_backbone_calls += batch
             else:
                 self._counters.target_backbone_calls += batch
-            self._counters.sequential_head_calls += batch * self._head_calls(evaluate)
-            self._store(span, slice(None), drawn.path[:, -1], drawn.mean[:, -1])
-            self._step += 1
+            self._counters.sequential_head_calls += batch * head_calls
+            self._store(span, slice(None), token, mean)
+            self._step[self._going] += 1
             self._tell(len(span.owner))
 
     # --- a round -----------------------------------------------------------------------------------
 
-    def _round(self, target: Model) -> None:
-        """Draft the next AR steps of each active image, verify them, commit what stands.
+    def _round(self) -> None:
+        """Draft the next AR steps of each image, verify them, commit what stands.
 
         The sets of tokens before the first one with a rejection are kept; that set is committed with its
         rejected tokens redrawn; what was drafted after it is dropped.
         """
-        plan, active = self._plan, self._active
-        left = plan.schedule.steps - self._step[active]
+        plan, going = self._plan, self._going
+        left = plan.schedule.steps - self._step  # [A]
         span = self._span(min(plan.draft_length, int(left.max())))
-        image = self._images[active[span.owner]]
+        image = self._images[self._lane[span.owner]]
         noise = self._chain_noise(image, span.place)
         guidance = plan.guidance_at(span.ar_step)
-        proposal, z = self._propose_and_condition(target, span, noise, guidance)
-        judgement = self._judge(target, z, guidance, proposal, image, span.place)
+        drawn, verified = self._steps.round(self._fed[self._lane], span, noise, guidance)
+        proposal = Proposal(noise, drawn)
+        judgement = self._judge(proposal, verified, image, span.place)
 
         accepted = judgement.accepted
         drafted = np.minimum(span.length, left)
@@ -170,13 +194,13 @@ class Decoder:
         taken &= accepted
         self._store(span, taken, proposal.token[taken], judgement.mean[taken])
         if len(rows):
-            made = self._complete(target, z, guidance, proposal, judgement, rows, image[rows], span.place[rows])
+            made = self._complete(guidance, proposal, judgement, rows, image[rows], span.place[rows])
             self._store(span, rows, made.token, made.mean)
-            longest = np.zeros(len(active), np.int64)
+            longest = np.zeros(len(left), np.int64)
             np.maximum.at(longest, span.owner[rows], made.head_calls)
             self._counters.sequential_head_calls += int(longest.sum())
-        self._step[active] += np.minimum(kept + 1, drafted)
-        self._count_round(drafted, len(span.owner), accepted=int(taken.sum()), rejected=len(rows))
+        self._step += np.minimum(kept + 1, drafted)
+        self._count_round(drafted[going], len(span.owner), accepted=int(taken.sum()), rejected=len(rows))
         self._tell(int(taken.sum()) + len(rows))
 
     def _count_round(self, steps: IntArray, drafted: int, *, accepted: int, rejected: int) -> None:
@@ -194,34 +218,19 @@ class Decoder:
 
     def _head_calls(self, evaluate: BoolArray | None) -> int:
         """Sequential calls that a chain takes."""
-        return self._head.chain.length if evaluate is None else int(evaluate.sum())
-
-    def _propose_and_condition(
-        self, target: Model, span: Span, noise: ChainNoise, guidance: FloatArray
-    ) -> tuple[Proposal, FloatArray]:
-        """The round's drafts, and the target's conditions `z [G, R, Z]` for them: one backbone call."""
-        plan, tokens = self._plan, self._fed[self._active]
-        if self._draft is not None:
-            proposal = propose(self._draft, tokens, span, noise, guidance, plan.evaluate)
-            return proposal, target.backbone.condition(tokens, span).copy()
-        # The target's own head drafts: a round is one AR step.
-        z = target.backbone.condition(tokens, span).copy()
-        drawn = target.head.sample(z, guidance, noise.start, noise.steps, evaluate=plan.evaluate)
-        return Proposal(noise, drawn), z
+        return self._chain.length if evaluate is None else int(evaluate.sum())
 
     def _judge(
-        self, target: Model, z: FloatArray, guidance: FloatArray, proposal: Proposal, image: IntArray, place: IntArray
+        self, proposal: Proposal, verified: FloatArray | Trajectory, image: IntArray, place: IntArray
     ) -> ExactJudgement | PaperJudgement:
-        if self._plan.mode == "exact":
-            uniform = self._noise.uniform(image, place, Purpose.ACCEPTANCE, target.head.chain.length + 1)
-            return judge_exact(target.head, z, guidance, proposal, uniform)
-        uniform = self._noise.uniform(image, place, Purpose.ACCEPTANCE, 1)
-        return judge_paper(target.head, z, guidance, proposal, uniform[:, 0], self._plan.tau)
+        if isinstance(verified, Trajectory):
+            uniform = self._noise.uniform(image, place, Purpose.ACCEPTANCE, 1)
+            return judge_paper(self._chain, proposal, verified, uniform[:, 0], self._plan.tau)
+        uniform = self._noise.uniform(image, place, Purpose.ACCEPTANCE, self._chain.length + 1)
+        return judge_exact(self._chain, proposal, verified, uniform)
 
     def _complete(
         self,
-        target: Model,
-        z: FloatArray,
         guidance: FloatArray,
         proposal: Proposal,
         judgement: ExactJudgement | PaperJudgement,
@@ -229,18 +238,17 @@ class Decoder:
         image: IntArray,
         place: IntArray,
     ) -> Completion:
-        n, dim = target.head.chain.length, target.head.token_dim
+        n, dim = self._chain.length, self._token_dim
         if isinstance(judgement, PaperJudgement):
             normal = self._noise.normal(image, place, Purpose.RESIDUAL, PAPER_TRIES, dim)
             uniform = self._noise.uniform(image, place, Purpose.RESIDUAL, PAPER_TRIES)
-            return complete_paper(target.head, judgement, rows, normal, uniform)
+            return complete_paper(self._chain, judgement, rows, normal, uniform)
         return complete_exact(
-            target.head,
-            z,
-            guidance,
+            self._chain,
             proposal,
             judgement,
             rows,
+            lambda some, *chains: self._steps.complete(some, guidance[:, some], *chains),
             coordinate=self._noise.uniform(image, place, Purpose.RESIDUAL, 1)[:, 0],
             direction=self._noise.normal(image, place, Purpose.RESIDUAL, 1, dim)[:, 0],
             fresh=self._noise.normal(image, place, Purpose.COMPLETION, n, dim),
@@ -256,26 +264,25 @@ class Decoder:
         return np.argsort(uniform, axis=1, kind="stable")
 
     def _span(self, length: int) -> Span:
-        """The next AR steps of the active images."""
-        return Span.of(self.order[self._active], self._plan.schedule.known, self._step[self._active], length)
+        """The next AR steps of all lanes."""
+        return Span.of(self.order[self._lane], self._plan.schedule.known, self._step, length)
 
     def _store(self, span: Span, rows: BoolArray | IntArray | slice, token: FloatArray, mean: FloatArray) -> None:
-        image, place = self._active[span.owner[rows]], span.place[rows]
+        image, place = self._lane[span.owner[rows]], span.place[rows]
         self._fed[image, place] = token
         self._shown[image, place] = mean if self._plan.emit_mean else token
 
     def _retire(self) -> None:
-        """Drop finished images from the batch, so that none idles in it."""
-        going = self._step[self._active] < self._plan.schedule.steps
-        if going.all():
+        """Leave out lanes that are done, as far as fewer lanes are of use."""
+        going = np.flatnonzero(self._going)
+        lanes = self._steps.device.lanes(len(going))
+        if not len(going) or lanes >= len(self._lane):
             return
-        rows = np.flatnonzero(going)
-        self._active = self._active[rows]
-        for model in (self._target, self._draft):
-            if model is not None and len(rows):
-                model.backbone.select(rows)
+        idle = np.flatnonzero(~self._going)[: lanes - len(going)]
+        kept = np.sort(np.concatenate([going, idle]))
+        self._lane, self._step = self._lane[kept], self._step[kept]
+        for model in self._steps.models:
+            model.backbone.select(kept)
 
     def _chain_noise(self, image: IntArray, place: IntArray) -> ChainNoise:
-        return ChainNoise.of(
-            self._noise.normal(image, place, Purpose.CHAIN, self._head.chain.length + 1, self._head.token_dim)
-        )
+        return ChainNoise.of(self._noise.normal(image, place, Purpose.CHAIN, self._chain.length + 1, self._token_dim))

@@ -2,28 +2,36 @@
 
 `judge_exact` keeps the target's distribution exactly: block verification (Sun et al., arXiv 2403.10444)
 along the chain of each token. `judge_paper` is CSpD as published (arXiv 2411.11925 §3), an approximation.
-Rows are tokens of any image; `z [G, R, Z]` and `guidance [G, R]` are the target's.
+Rows are tokens of any image.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from specdec_rt.acceptance import BlockVerdict, block_verify, paper_log_acceptance
-from specdec_rt.decode.chain import Head, Trajectory
+from specdec_rt.decode.chain import Trajectory
 from specdec_rt.decode.draft import Proposal
 from specdec_rt.residual import draw_block_residual, draw_paper_residual
+from specdec_rt.schedule import Chain
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
 __all__ = [
     "Completion",
     "ExactJudgement",
+    "Finish",
     "PaperJudgement",
     "complete_exact",
     "complete_paper",
     "judge_exact",
     "judge_paper",
 ]
+
+
+Finish = Callable[[IntArray, FloatArray, FloatArray, IntArray], tuple[FloatArray, FloatArray]]
+"""`(rows [K], start [K, D], noise [K, n, D], begin [K])` → tokens, means `[K, D]`: the target's chains of some rows,
+from the state before transition `begin` on."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +65,18 @@ class ExactJudgement:
         return self.target_mean[:, -1]
 
 
-def judge_exact(
-    head: Head, z: FloatArray, guidance: FloatArray, proposal: Proposal, uniform: FloatArray
-) -> ExactJudgement:
-    """Verify all paths in one batched call of the head; `uniform [R, n + 1]`."""
-    target_mean = head.means(proposal.drawn.path, z, guidance)
-    verdict = block_verify(proposal.noise.steps, proposal.drawn.mean, target_mean, head.chain.std, uniform)
+def judge_exact(chain: Chain, proposal: Proposal, target_mean: FloatArray, uniform: FloatArray) -> ExactJudgement:
+    """Verify all paths, given the target's means `[R, n, D]` at their states; `uniform [R, n + 1]`."""
+    verdict = block_verify(proposal.noise.steps, proposal.drawn.mean, target_mean, chain.std, uniform)
     return ExactJudgement(verdict, target_mean)
 
 
 def complete_exact(
-    head: Head,
-    z: FloatArray,
-    guidance: FloatArray,
+    chain: Chain,
     proposal: Proposal,
     judgement: ExactJudgement,
     rows: IntArray,
+    finish: Finish,
     *,
     coordinate: FloatArray,
     direction: FloatArray,
@@ -83,25 +87,21 @@ def complete_exact(
     For the K `rows`: `coordinate [K]` uniform and `direction [K, D]` normal draw the residual,
     `fresh [K, n, D]` normal the transitions after it (never the draft's noise: that would bias them).
     """
-    n = head.chain.length
+    n = chain.length
     step = judgement.verdict.accepted_steps[rows]
     token = draw_block_residual(
         proposal.drawn.mean[rows, step],
         judgement.target_mean[rows, step],
-        head.chain.std[step],
+        chain.std[step],
         judgement.verdict.log_weight[rows],
         coordinate,
         direction,
     ).astype(np.float32)
     mean = judgement.mean[rows].copy()
     begin = step + 1
-    unfinished = np.flatnonzero(begin < n)
-    if len(unfinished):
-        chosen = rows[unfinished]
-        rest = head.sample(
-            z[:, chosen], guidance[:, chosen], token[unfinished], fresh[unfinished], begin=begin[unfinished]
-        )
-        token[unfinished], mean[unfinished] = rest.path[:, -1], rest.mean[:, -1]
+    left = np.flatnonzero(begin < n)
+    if len(left):
+        token[left], mean[left] = finish(rows[left], token[left], fresh[left], begin[left])
     return Completion(token, mean, head_calls=n - begin)
 
 
@@ -124,14 +124,13 @@ class PaperJudgement:
 
 
 def judge_paper(
-    head: Head, z: FloatArray, guidance: FloatArray, proposal: Proposal, uniform: FloatArray, tau: float
+    chain: Chain, proposal: Proposal, aligned: Trajectory, uniform: FloatArray, tau: float
 ) -> PaperJudgement:
-    """Denoise every row with the target along its own states, then compare densities on the last transition.
+    """Compare densities on the last transition with those of the target's own, `aligned` chains.
 
     `uniform [R]`. The last transition has one std in draft and target, so the paper's Σ is Σ' here.
     """
-    drafted, aligned = proposal.drawn, head.sample(z, guidance, proposal.noise.start, proposal.noise.steps)
-    std = np.asarray(head.chain.final_density_std)
+    drafted, std = proposal.drawn, np.asarray(chain.final_density_std)
     log_std_ratio = _log_std_ratio(drafted, aligned)
     log_acceptance = paper_log_acceptance(
         proposal.token, drafted.mean[:, -1], std, aligned.mean[:, -1], std, log_std_ratio, tau
@@ -148,13 +147,13 @@ def _log_std_ratio(drafted: Trajectory, aligned: Trajectory) -> FloatArray:
 
 
 def complete_paper(
-    head: Head, judgement: PaperJudgement, rows: IntArray, normal: FloatArray, uniform: FloatArray
+    chain: Chain, judgement: PaperJudgement, rows: IntArray, normal: FloatArray, uniform: FloatArray
 ) -> Completion:
     """Redraw the last transition of the K `rows`: tries `normal [K, tries, D]`, `uniform [K, tries]`.
 
     Where no try passes, the target's own aligned token stands.
     """
-    std = np.asarray(head.chain.final_density_std)
+    std = np.asarray(chain.final_density_std)
     mean = judgement.aligned.mean[rows, -1]
     token, _ = draw_paper_residual(
         judgement.drafted.mean[rows, -1],

@@ -1,87 +1,126 @@
 """The causal raster-order family: one token per AR step, keys and values cached."""
 
+import math
+from functools import lru_cache
+
 import numpy as np
 
-from specdec_rt.engine import BoundCall, Engine
+from specdec_rt.engine import Device, Engine
+from specdec_rt.families.backbone import Ask, Backbone
 from specdec_rt.families.span import Span
 from specdec_rt.manifest import CacheShape
 from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["CausalBackbone"]
 
+KEPT_CALLS = 64
+"""Shapes whose buffers are kept for the next call."""
 
-class CausalBackbone:
-    """A backbone on its engine, with the caches of the B images of one batch.
 
-    Where guidance is on, each image has G = 2 rows in the engine: its label's, then the dropped label's.
+class CausalBackbone(Backbone):
+    """A backbone with the caches of the images of one batch, `slots` places each.
+
+    Images' rows stand together in the engine, so a smaller batch is a contiguous part of a larger one.
     """
 
     def __init__(
         self,
+        device: Device,
         engine: Engine,
         cache: CacheShape,
         z_dim: int,
-        labels: IntArray,
         null_label: int,
         *,
         branches: int,
         slots: int,
+        tokens: int,
+        token_dim: int,
     ) -> None:
-        self._engine = engine
-        self._z_dim = z_dim
-        self._branches = branches
-        self._labels = np.concatenate([labels, np.full_like(labels, null_label)][:branches])
-        shape = (len(self._labels), cache.heads, slots, cache.head_dim)
-        self._caches = {
-            f"{kind}_{layer}": np.zeros(shape, np.float32) for layer in range(cache.layers) for kind in ("key", "value")
-        }
-        self._calls: dict[int, tuple[BoundCall, Array, Array, Array]] = {}
+        super().__init__(device, engine, z_dim, null_label, branches=branches)
+        self._tokens, self._token_dim = tokens, token_dim
+        self._row_shape = (cache.heads, slots, cache.head_dim)
+        self._names = [f"{kind}_{layer}" for layer in range(cache.layers) for kind in ("key", "value")]
+        self._caches: dict[str, Array] = {}
+        self._moved: tuple[Array, Array]
+        """where cache rows come from when some are left out, and one cache's, on their way"""
+        self._ask = lru_cache(maxsize=KEPT_CALLS)(self._make_ask)
 
-    def condition(self, tokens: FloatArray, span: Span) -> FloatArray:
+    def begin(self, labels: IntArray) -> None:
+        """As in `Backbone`; what is left in the caches is never read: slots after a query's own are masked."""
+        super().begin(labels)
+        rows = len(labels) * self.branches
+        if not self._caches or len(self._caches[self._names[0]]) < rows:
+            self._ask.cache_clear()
+            zeros, shape = self._device.zeros, (rows, *self._row_shape)
+            self._caches = {name: zeros(shape, np.float32, staged=False) for name in self._names}
+            self._moved = zeros((rows,), np.int64), zeros((rows, math.prod(self._row_shape)), np.float32, staged=False)
+
+    def select(self, images: IntArray) -> None:
+        """As in `Backbone`."""
+        super().select(images)
+        moved = (images[:, None] * self.branches + np.arange(self.branches)).ravel()
+        if (moved == np.arange(len(moved))).all():
+            return
+        device = self._device
+        index, kept = (array[: len(moved)] for array in self._moved)
+        index[:] = moved
+        device.upload(index)()
+        for cache in self._caches.values():
+            rows = cache.reshape(len(cache), -1)
+            device.gather(kept, rows, index)()
+            device.copy(rows[: len(moved)], kept)()
+        device.wait()  # before the index is written again
+
+    def ask(self, span: Span, slot: int = 0) -> tuple[Ask, IntArray]:
         """As in `Backbone`; advances the caches over the span's steps."""
-        place = span.step[:, None] + np.arange(span.length)  # AR steps are places here
-        before = np.minimum(place, tokens.shape[1]) - 1  # at place 0 any value does: the label stands there
-        z = self.feed(tokens[np.arange(len(tokens))[:, None], before], span.step)
-        return np.asarray(z[:, span.owner, span.offset])
+        images, length = len(span.step), span.length
+        ask, position, label = self._ask(images, length, slot)
+        # Images that are done, or will be, stay at their last place: their rows mean nothing, but must lie inside.
+        first = np.minimum(span.step, self._tokens - 1)  # AR steps are places here
+        place = first[:, None] + np.arange(length)
+        before = np.clip(place, 1, self._tokens) - 1  # at place 0 any value does: the label stands there
+        rows = np.arange(images)[:, None] * self._tokens + before
+        ask.token_index.reshape(images, self.branches, length)[:] = rows[:, None]
+        position.reshape(images, self.branches)[:] = first[:, None]
+        label.reshape(images, self.branches)[:] = self._branch_labels(self._labels).T
+        branch = np.arange(self.branches)[:, None]
+        return ask, (span.owner * self.branches + branch) * length + span.offset
 
-    def catch_up(self, tokens: FloatArray, step: IntArray) -> int:
-        """As in `Backbone`: all but the last token, which the next call feeds; all images stand at one step."""
-        count = int(step.max())
-        if count == 0:
-            return 0
-        before = np.concatenate([np.zeros_like(tokens[:, :1]), tokens[:, : count - 1]], axis=1)
-        self.feed(before, np.zeros_like(step))
-        return 1
+    def catch_up(self, order: IntArray, known: IntArray, steps: int) -> Ask | None:
+        """As in `Backbone`: all but the last token, which the next call feeds."""
+        return self.ask(Span.of(order, known, np.zeros(len(order), np.int64), steps))[0] if steps else None
 
     def feed(self, tokens: FloatArray, position: IntArray) -> FloatArray:
-        """Conditions for N positions of each image, from `position [B]` on; advances the caches.
+        """Conditions `[G, A, N, Z]` for N positions of each image, from `position [A]` on; advances the caches.
 
-        `tokens [B, N, D]` are those *before* each position (at position 0 any value: the label stands
-        there). Returns `z [G, B, N, Z]`, a view that the next call overwrites.
+        `tokens [A, N, D]` are those *before* each position (at position 0 any value: the label stands there).
         """
-        batch, length, _ = tokens.shape
-        if length not in self._calls:
-            self._calls[length] = self._bind(length, tokens.shape[2])
-        call, token_buffer, position_buffer, z = self._calls[length]
-        token_buffer.reshape(self._branches, batch, length, -1)[:] = tokens
-        position_buffer.reshape(self._branches, batch)[:] = position
-        call()
-        return z.reshape(self._branches, batch, length, -1)
+        images, length, _ = tokens.shape
+        canvas = np.zeros((images, self._tokens, self._token_dim), np.float32)
+        place = np.maximum(position[:, None] + np.arange(length) - 1, 0)
+        canvas[np.arange(images)[:, None], place] = tokens
+        order = np.tile(np.arange(self._tokens), (images, 1))
+        span = Span.of(order, np.arange(self._tokens + 1), position, length)
+        z = self.condition(canvas, span)
+        whole = np.zeros((self.branches, images, length, self.z_dim), np.float32)
+        whole[:, span.owner, span.offset] = z
+        return whole
 
-    def select(self, rows: IntArray) -> None:
-        """Keep only these images of the batch, in this order."""
-        batch = len(self._labels) // self._branches
-        kept = np.concatenate([rows + branch * batch for branch in range(self._branches)])
-        self._labels = self._labels[kept]
-        self._caches = {name: cache[kept] for name, cache in self._caches.items()}
-        self._calls.clear()
-
-    def _bind(self, length: int, token_dim: int) -> tuple[BoundCall, Array, Array, Array]:
-        rows = len(self._labels)
-        tokens = np.zeros((rows, length, token_dim), np.float32)
-        position = np.zeros(rows, np.int64)
-        z = np.empty((rows, length, self._z_dim), np.float32)
-        inputs: dict[str, Array] = {"tokens": tokens, "position": position, "label": self._labels, **self._caches}
+    def _make_ask(self, images: int, length: int, slot: int) -> tuple[Ask, Array, Array]:  # noqa: ARG002  # slot is a key
+        device, rows = self._device, images * self.branches
+        tokens = device.zeros((rows, length, self._token_dim), np.float32, staged=False)
+        position, label = device.zeros((rows,), np.int64), device.zeros((rows,), np.int64)
+        token_index = device.zeros((rows * length,), np.int64)
+        z = device.zeros((rows, length, self.z_dim), np.float32)
+        caches = {name: cache[:rows] for name, cache in self._caches.items()}
         # The updated caches land where the old ones lie: nothing is copied between calls.
-        outputs: dict[str, Array] = {"z": z, **{f"{name}_out": cache for name, cache in self._caches.items()}}
-        return self._engine.bind(inputs, outputs), tokens, position, z
+        outputs = {"z": z, **{f"{name}_out": cache for name, cache in caches.items()}}
+        call = self._engine.bind({"tokens": tokens, "position": position, "label": label, **caches}, outputs)
+        ask = Ask(
+            inputs=(position, label, token_index),
+            tokens=tokens.reshape(rows * length, -1),
+            token_index=token_index,
+            z=z.reshape(rows * length, -1),
+            call=call,
+        )
+        return ask, position, label

@@ -1,60 +1,100 @@
 """MAR's family (arXiv 2406.11838): sets of tokens in random order, bidirectional attention, no cache."""
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 
-from specdec_rt.engine import Engine
+from specdec_rt.engine import Device, Engine
+from specdec_rt.families.backbone import Ask, Backbone
 from specdec_rt.families.span import Span
-from specdec_rt.types import Array, FloatArray, IntArray
+from specdec_rt.types import Array, IntArray
 
 __all__ = ["MarBackbone"]
 
+KEPT_CALLS = 32
+"""Shapes whose buffers are kept for the next call."""
 
-class MarBackbone:
-    """A backbone on its engine.
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the host stages, `[G, C, …]`."""
+
+    visible: Array
+    visible_mask: Array
+    label: Array
+    query: Array
+    token_index: Array
+
+
+class MarBackbone(Backbone):
+    """A backbone that keeps nothing.
 
     Every AR step is evaluated in a context of its own: the tokens known before it, padded to the fullest
     context's number under a mask, so images at different steps, and several steps of one image, run in
     one call. Where guidance is on, each context has G = 2 rows: its label's, then the dropped label's.
     """
 
-    def __init__(self, engine: Engine, z_dim: int, labels: IntArray, null_label: int, *, branches: int) -> None:
-        self._engine = engine
-        self._z_dim = z_dim
-        self._labels = labels
-        self._null_label = null_label
-        self._branches = branches
+    def __init__(
+        self,
+        device: Device,
+        engine: Engine,
+        z_dim: int,
+        null_label: int,
+        *,
+        branches: int,
+        tokens: int,
+        token_dim: int,
+    ) -> None:
+        super().__init__(device, engine, z_dim, null_label, branches=branches)
+        self._tokens, self._token_dim = tokens, token_dim
+        self._ask = lru_cache(maxsize=KEPT_CALLS)(self._make_ask)
 
-    def condition(self, tokens: FloatArray, span: Span) -> FloatArray:
+    def ask(self, span: Span, slot: int = 0) -> tuple[Ask, IntArray]:
         """As in `Backbone`."""
-        starts = np.flatnonzero(np.diff(span.ar_step, prepend=-1) | np.diff(span.owner, prepend=-1))
-        context = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(span.owner)))  # [R]
-        owner, known = span.owner[starts], span.rank[starts]  # [C]
-        size = np.bincount(context)
-        most_known = max(int(known.max()), 1)  # an engine may dislike a size of 0
-        visible = span.order[owner, :most_known]
-        visible_mask = np.arange(most_known) < known[:, None]
+        images, padded = len(span.step), self._device.padded
+        pairs, context = np.unique(span.offset * images + span.owner, return_inverse=True)  # [C], [R]
+        contexts = padded(len(pairs), images * span.length)
+        pairs = np.concatenate([pairs, np.full(contexts - len(pairs), pairs[0])])
+        offset, owner = np.divmod(pairs, images)
+        known, after = span.known[span.step[owner] + offset], span.known[span.step[owner] + offset + 1]
+        size = after - known
+        most_known = padded(max(int(known.max()), 1), self._tokens)  # an engine may dislike a size of 0
+        queries = padded(int(size.max()), self._tokens)
+        ask, inputs = self._ask(contexts, most_known, queries, slot)
+        inputs.visible[:] = span.order[owner, :most_known]
+        inputs.visible_mask[:] = np.arange(most_known) < known[:, None]
         # A context with fewer tokens to predict asks for some of them twice.
-        query = span.order[owner[:, None], known[:, None] + np.arange(size.max()) % size[:, None]]
-        labels = self._labels[owner]
-        z = np.empty((self._branches * len(owner), query.shape[1], self._z_dim), np.float32)
-        inputs = {
-            "tokens": self._per_branch(tokens[owner]),
-            "visible": self._per_branch(visible),
-            "visible_mask": self._per_branch(visible_mask),
-            "label": np.concatenate([labels, np.full_like(labels, self._null_label)][: self._branches]),
-            "query": self._per_branch(query),
-        }
-        self._engine.bind(inputs, {"z": z})()
-        branched = z.reshape(self._branches, len(owner), query.shape[1], -1)
-        return np.asarray(branched[:, context, span.rank - known[context]])
+        inputs.query[:] = span.order[owner[:, None], known[:, None] + np.arange(queries) % size[:, None]]
+        inputs.label[:] = self._branch_labels(self._labels[owner])
+        inputs.token_index[:] = owner
+        branch = np.arange(self.branches)[:, None]
+        return ask, (branch * contexts + context) * queries + span.rank - known[context]
 
-    def catch_up(self, tokens: FloatArray, step: IntArray) -> int:  # noqa: ARG002  # the protocol's
+    def catch_up(self, order: IntArray, known: IntArray, steps: int) -> Ask | None:  # noqa: ARG002  # the protocol's
         """As in `Backbone`: there is nothing to catch up with."""
-        return 0
+        return None
 
-    def select(self, rows: IntArray) -> None:
-        """Keep only these images of the batch, in this order."""
-        self._labels = self._labels[rows]
-
-    def _per_branch(self, values: Array) -> Array:
-        return np.concatenate([values] * self._branches)
+    def _make_ask(self, contexts: int, most_known: int, queries: int, slot: int) -> tuple[Ask, _Inputs]:  # noqa: ARG002  # slot is a key
+        device, branches = self._device, self.branches
+        rows = branches * contexts
+        tokens = device.zeros((rows, self._tokens, self._token_dim), np.float32, staged=False)
+        visible, query = (device.zeros((rows, size), np.int64) for size in (most_known, queries))
+        visible_mask = device.zeros((rows, most_known), np.bool_)
+        label, token_index = (device.zeros((rows,), np.int64) for _ in range(2))
+        z = device.zeros((rows, queries, self.z_dim), np.float32)
+        call = self._engine.bind(
+            {"tokens": tokens, "visible": visible, "visible_mask": visible_mask, "label": label, "query": query},
+            {"z": z},
+        )
+        staged = (visible, visible_mask, label, query, token_index)
+        ask = Ask(
+            inputs=staged,
+            tokens=tokens.reshape(rows, -1),
+            token_index=token_index,
+            z=z.reshape(rows * queries, -1),
+            call=call,
+        )
+        branched = [array.reshape(branches, contexts, *array.shape[1:]) for array in staged]
+        visible, visible_mask, label, query, token_index = branched
+        return ask, _Inputs(visible, visible_mask, label, query, token_index)

@@ -1,20 +1,19 @@
 """Which tokens stand next: the AR steps that a backbone is asked about, and the places that they predict."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from specdec_rt.types import FloatArray, IntArray
+from specdec_rt.types import IntArray
 
-__all__ = ["Backbone", "Span"]
+__all__ = ["Span"]
 
 
 @dataclass(frozen=True)
 class Span:
     """Some AR steps of each of A images, from the image's own step on, and the R tokens that they predict.
 
-    Rows run image by image, each image's steps in order; steps past an image's last have no rows.
+    Rows run step by step, in each step image by image; steps past an image's last have no rows.
     """
 
     order: IntArray
@@ -35,11 +34,11 @@ class Span:
     @classmethod
     def of(cls, order: IntArray, known: IntArray, step: IntArray, length: int) -> "Span":
         """The span of `length` steps from `step [A]` on."""
-        first, last = known[step], known[np.minimum(step + length, len(known) - 1)]
-        count = last - first
-        owner = np.repeat(np.arange(len(step)), count)
-        rank = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count) + first[owner]
-        offset = np.searchsorted(known, rank, side="right") - 1 - step[owner]
+        bounds = known[np.minimum(step + np.arange(length + 1)[:, None], len(known) - 1)]  # [length + 1, A]
+        count = np.diff(bounds, axis=0).ravel()
+        row = np.arange(count.sum())
+        offset, owner = np.divmod(np.repeat(np.arange(len(count)), count), len(step))
+        rank = row - np.repeat(np.cumsum(count) - count, count) + bounds[offset, owner]
         return cls(order, known, step, length, owner, offset, rank)
 
     @property
@@ -52,26 +51,11 @@ class Span:
         """`[R]`: the AR step that makes the row's token."""
         return self.step[self.owner] + self.offset
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Rows of each of the `length` offsets."""
+        return tuple(np.bincount(self.offset, minlength=self.length).tolist())
+
     def at(self, offset: int) -> "Span":
         """The one step at `offset`; its rows are those of this span with that offset, in the same order."""
         return Span.of(self.order, self.known, np.minimum(self.step + offset, len(self.known) - 1), 1)
-
-
-class Backbone(Protocol):
-    """A backbone on its engine, with what it keeps for the images of one batch."""
-
-    def condition(self, tokens: FloatArray, span: Span) -> FloatArray:
-        """Conditions `z [G, R, Z]` for the span's rows.
-
-        `tokens [A, L, D]`: every token of the steps before a row's own stands at its place. What is
-        returned may be a view that the next call overwrites.
-        """
-        ...
-
-    def catch_up(self, tokens: FloatArray, step: IntArray) -> int:
-        """Take in `tokens [A, L, D]` that another model made, up to `step [A]`; returns backbone calls per image."""
-        ...
-
-    def select(self, rows: IntArray) -> None:
-        """Keep only these images of the batch, in this order."""
-        ...

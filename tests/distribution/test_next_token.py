@@ -47,14 +47,16 @@ def prefixes(request):
     labels = np.arange(count) % manifest.classes
     images = pipeline.generate(labels, seed=5, mode="target")
     context = images.tokens + manifest.chain.final_std * rng.standard_normal(images.tokens.shape, dtype=np.float32)
-    session = pipeline.session(labels, DecodeOptions(guidance=guidance, ar_steps=manifest.tokens))
+    session = pipeline.session(DecodeOptions(guidance=guidance, ar_steps=manifest.tokens))
+    for model in session.steps.models:
+        model.backbone.begin(labels)
     known = rng.integers(0, manifest.tokens, count)
     conditions = [
         next_condition(model.backbone, context, known, session.plan.random_order, rng_seed=1)
-        for model in (session.target, session.draft)
+        for model in session.steps.models
     ]
     return Prefixes(
-        session.target.head, session.draft.head, *conditions, session.plan.guidance_at(known)[:, :, None], draws
+        *(model.head for model in session.steps.models), *conditions, session.plan.guidance_at(known)[:, :, None], draws
     )
 
 
@@ -63,10 +65,10 @@ def next_condition(backbone, context, known, random_order, rng_seed):
     count, tokens = context.shape[:2]
     if not random_order:  # the caches must be filled first
         before = np.concatenate([np.zeros_like(context[:, :1]), context[:, :-1]], axis=1)
-        return backbone.feed(before, np.zeros(count, np.int64))[:, np.arange(count), known].copy()
+        return backbone.feed(before, np.zeros(count, np.int64))[:, np.arange(count), known]
     rng = np.random.default_rng(rng_seed)
     order = np.stack([rng.permutation(tokens) for _ in range(count)])
-    return backbone.condition(context, Span.of(order, np.arange(tokens + 1), known, 1)).copy()
+    return backbone.condition(context, Span.of(order, np.arange(tokens + 1), known, 1))
 
 
 def alone(head, prefixes, z, seed):
@@ -95,17 +97,17 @@ def speculated(prefixes, seed):
         drawn = prefixes.draft.sample(prefixes.rows(prefixes.draft_z, prefix), guidance, noise.start, noise.steps)
         proposal = Proposal(noise, drawn)
         z = prefixes.rows(prefixes.target_z, prefix)
-        judgement = judge_exact(target, z, guidance, proposal, rng.random((prefixes.draws, n + 1)))
+        means = target.means(drawn.path, z, guidance)
+        judgement = judge_exact(target.chain, proposal, means, rng.random((prefixes.draws, n + 1)))
         rejected = np.flatnonzero(~judgement.accepted)
         token = proposal.token.copy()
         if len(rejected):
             token[rejected] = complete_exact(
-                target,
-                z,
-                guidance,
+                target.chain,
                 proposal,
                 judgement,
                 rejected,
+                target.finish(z, guidance),
                 coordinate=rng.random(len(rejected)),
                 direction=rng.standard_normal((len(rejected), target.token_dim)),
                 fresh=rng.standard_normal((len(rejected), n, target.token_dim), dtype=np.float32),

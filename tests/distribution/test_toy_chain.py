@@ -39,7 +39,7 @@ def speculate(rng, rows, variant):
     drawn = DRAFT.sample(z, guidance, noise.start, noise.steps)
     proposal = Proposal(noise, drawn)
     uniform = rng.random((rows, N + 1))
-    judgement = judge_exact(TARGET, z, guidance, proposal, uniform)
+    judgement = judge_exact(TOY_CHAIN, proposal, TARGET.means(drawn.path, z, guidance), uniform)
     if variant == "stops at the first failure":
         judgement = replace(judgement, verdict=first_failure(proposal, judgement.target_mean, uniform))
     token = proposal.token.copy()
@@ -56,12 +56,11 @@ def speculate(rng, rows, variant):
         token[rejected], mean[rejected] = drawn.path[:, -1], drawn.mean[:, -1]
         return np.concatenate([token, mean], axis=1), judgement.accepted
     completion = complete_exact(
-        TARGET,
-        z,
-        guidance,
+        TOY_CHAIN,
         proposal,
         judgement,
         rejected,
+        TARGET.finish(z, guidance),
         coordinate=rng.random(len(rejected)),
         direction=normals(rng, len(rejected), DIM),
         fresh=fresh,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from specdec_rt.backends.host import HostDevice
 from specdec_rt.decode.chain import Head
 from specdec_rt.engine import BoundCall
 from specdec_rt.schedule import Chain, ChainSpec, compile_chain
@@ -86,4 +87,4 @@ def toy_head(chain: Chain, *, draft: bool) -> Head:
     if draft:
         net = net.mixed(RandomNet.of(1), 0.06)
     time_table = (chain.timestep[:, None] / 500 - 1).astype(np.float32)
-    return Head(StepEngine(net), DensityEngine(net), time_table, chain, DIM, z_dim=1)
+    return Head(HostDevice(), StepEngine(net), DensityEngine(net), time_table, chain, DIM, z_dim=1)

@@ -42,12 +42,12 @@ def test_cached_decoding_equals_the_training_form(pipeline, pair, draft):
     torch_model = pair.target if draft is None else pair.drafts[draft]
     backbone = getattr(torch_model, "backbone", torch_model)
     expected = backbone(torch.from_numpy(tokens), torch.from_numpy(labels)).numpy()
-    session = pipeline.session(labels, DecodeOptions(draft=draft or "adapter", guidance=1.0))
-    model = session.target if draft is None else session.draft
+    model = pipeline.session(DecodeOptions(draft=draft or "adapter", guidance=1.0)).steps.models[draft is not None]
+    model.backbone.begin(labels)
     found, place = [], 0
     for length in [1, 2, 1, 5, 30, 10]:
         position = np.full(BATCH, place)
-        found.append(model.backbone.feed(before[:, place : place + length], position)[0].copy())
+        found.append(model.backbone.feed(before[:, place : place + length], position)[0])
         place += length
     assert place == tokens.shape[1]
     assert relative_error(np.concatenate(found, axis=1), expected) <= TOLERANCE
@@ -58,10 +58,11 @@ def test_abandoned_drafts_leave_no_trace(pipeline):
     _, before, labels = inputs(pipeline)
     results = []
     for junk in (0.0, 100.0):
-        backbone = pipeline.session(labels, DecodeOptions(guidance=1.0)).target.backbone
+        backbone = pipeline.session(DecodeOptions(guidance=1.0)).target.backbone
+        backbone.begin(labels)
         backbone.feed(before[:, :10], np.zeros(BATCH, np.int64))
         backbone.feed(before[:, 10:13] + junk, np.full(BATCH, 10))
-        results.append(backbone.feed(before[:, 10:12], np.full(BATCH, 10)).copy())
+        results.append(backbone.feed(before[:, 10:12], np.full(BATCH, 10)))
     np.testing.assert_array_equal(*results)
 
 
@@ -69,13 +70,15 @@ def test_images_stand_at_positions_of_their_own(pipeline):
     """One batched call at different positions equals a call for each image, also after images have left."""
     _, before, labels = inputs(pipeline)
     position = np.array([3, 0, 7])
-    joint = pipeline.session(labels, DecodeOptions(guidance=1.0)).target.backbone
+    joint = pipeline.session(DecodeOptions(guidance=1.0)).target.backbone
+    joint.begin(labels)
     joint.feed(before[:, :9], np.zeros(BATCH, np.int64))
     kept = np.array([0, 2])
     joint.select(kept)
-    z = joint.feed(np.stack([before[b, position[b] : position[b] + 2] for b in kept]), position[kept]).copy()
+    z = joint.feed(np.stack([before[b, position[b] : position[b] + 2] for b in kept]), position[kept])
     for row, b in enumerate(kept):
-        single = pipeline.session(labels[b : b + 1], DecodeOptions(guidance=1.0)).target.backbone
+        single = pipeline.session(DecodeOptions(guidance=1.0)).target.backbone
+        single.begin(labels[b : b + 1])
         single.feed(before[b : b + 1, :9], np.zeros(1, np.int64))
         alone = single.feed(before[b : b + 1, position[b] : position[b] + 2], position[b : b + 1])
         assert relative_error(z[:, row], alone[:, 0]) <= TOLERANCE
@@ -88,8 +91,8 @@ def test_a_chain_equals_torch(pipeline, pair, draft, scale):
     """Every transition of the shipped chain, with guidance, from the formula with torch's own prediction."""
     chain = compile_chain(pipeline.bundle.manifest.chain)
     head = (pair.target if draft is None else pair.drafts[draft]).head
-    session = pipeline.session(np.array([3]), DecodeOptions(draft=draft or "adapter", guidance=scale))
-    engine = (session.target if draft is None else session.draft).head
+    session = pipeline.session(DecodeOptions(draft=draft or "adapter", guidance=scale))
+    engine = session.steps.models[draft is not None].head
     rng = np.random.default_rng(1)
     rows, branches = 5, 1 if scale == 1 else 2
     z = rng.standard_normal((branches, rows, engine.z_dim), dtype=np.float32)

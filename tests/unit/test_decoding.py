@@ -51,7 +51,7 @@ def test_tokens_do_not_depend_on_the_draft_length(pipeline):
 
 def test_a_draft_that_is_the_target_is_always_accepted(pipeline):
     """The target's own head at every step proposes what the target would have drawn."""
-    steps = pipeline.session(LABELS[:1], DecodeOptions()).target.head.chain.length
+    steps = pipeline.session(DecodeOptions()).target.head.chain.length
     drafted = pipeline.generate(LABELS[:4], seed=6, mode="exact", draft="self", draft_steps=steps)
     target = pipeline.generate(LABELS[:4], seed=6, mode="target")
     assert drafted.stats.acceptance_rate == 1
@@ -115,7 +115,7 @@ def test_the_counters_add_up(pipeline):
 
 
 def test_target_mode_counts(pipeline):
-    steps = pipeline.session(LABELS[:1], DecodeOptions()).target.head.chain.length
+    steps = pipeline.session(DecodeOptions()).target.head.chain.length
     stats = pipeline.generate(LABELS[:3], mode="target").stats
     assert stats.target_backbone_calls == 3 * 49
     assert stats.sequential_head_calls == 3 * 49 * steps

@@ -52,14 +52,14 @@ def test_exact_draws_the_same_image_at_every_draft_length(draw):
 
 
 def test_every_image_takes_its_places_in_an_order_of_its_own(pipeline):
-    session = pipeline.session(LABELS, DecodeOptions())
-    order = Decoder(session, NoiseSource(1), np.arange(8), Counters(), lambda _: None).order
+    session = pipeline.session(DecodeOptions())
+    order = Decoder(session, NoiseSource(1), LABELS, np.arange(8), Counters(), lambda _: None).order
     np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(49), (8, 1)))
     assert len(np.unique(order, axis=0)) == 8
 
 
 def test_a_draft_that_is_the_target_is_always_accepted(pipeline, draw):
-    steps = pipeline.session(LABELS[:1], DecodeOptions()).target.head.chain.length
+    steps = pipeline.session(DecodeOptions()).target.head.chain.length
     drafted = draw(mode="exact", draft="self", draft_steps=steps)
     assert drafted.stats.acceptance_rate == 1
     assert largest_difference(drafted, draw(mode="target")) <= CLOSE
@@ -87,10 +87,10 @@ def test_paper_accepts_more_at_a_higher_tau(draw):
 @pytest.mark.parametrize("mode", ["exact", "paper"])
 def test_prefilled_sets_are_the_targets(pipeline, draw, mode):
     filled, target = draw(mode=mode, prefill=0.5), draw(mode="target")
-    session = pipeline.session(LABELS, DecodeOptions(ar_steps=STEPS))
+    session = pipeline.session(DecodeOptions(ar_steps=STEPS))
     known = session.plan.schedule.known
     count = known[np.searchsorted(known, 0.5 * 49)]
-    order = Decoder(session, NoiseSource(3), np.arange(8), Counters(), lambda _: None).order[:, :count]
+    order = Decoder(session, NoiseSource(3), LABELS, np.arange(8), Counters(), lambda _: None).order[:, :count]
     rows = np.arange(8)[:, None]
     assert np.abs(filled.tokens[rows, order] - target.tokens[rows, order]).max() <= CLOSE
     assert np.abs(filled.tokens - target.tokens).max() > CLOSE

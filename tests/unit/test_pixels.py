@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from specdec_rt.backends.host import HostDevice
 from specdec_rt.manifest import ImageLayout
 from specdec_rt.pixels import decode_pixels, lay_patches, to_bytes
 
@@ -40,6 +41,6 @@ def test_a_large_batch_is_decoded_in_parts():
     layout = ImageLayout(height=512, width=256, channels=3, patch=16)
     tokens = np.arange(9, dtype=np.float32).repeat(512 * 4).reshape(9, 512, 4)
     decoder = CountingDecoder()
-    pixels = decode_pixels(tokens, layout, decoder)
+    pixels = decode_pixels(tokens, layout, HostDevice(), decoder)
     assert decoder.sizes == [4, 4, 1]
     np.testing.assert_array_equal(pixels[:, 100, 100, 0], np.arange(9))

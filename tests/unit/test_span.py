@@ -14,15 +14,16 @@ def rows(span):
 def test_one_token_per_step_in_raster_order():
     order = np.tile(np.arange(5), (2, 1))
     span = Span.of(order, raster_schedule(5).known, np.array([0, 3]), 3)
-    assert rows(span) == [(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 0, 3), (1, 1, 4)]  # the second image ends
-    np.testing.assert_array_equal(span.ar_step, [0, 1, 2, 3, 4])
+    assert rows(span) == [(0, 0, 0), (1, 0, 3), (0, 1, 1), (1, 1, 4), (0, 2, 2)]  # the second image ends
+    np.testing.assert_array_equal(span.ar_step, [0, 3, 1, 4, 2])
+    assert span.counts == (2, 2, 1)
 
 
 def test_sets_of_tokens_in_each_images_own_order():
     order = np.array([[4, 2, 0, 1, 3], [3, 1, 4, 0, 2]])
     known = np.array([0, 1, 3, 5])
     span = Span.of(order, known, np.array([1, 0]), 2)
-    assert rows(span) == [(0, 0, 2), (0, 0, 0), (0, 1, 1), (0, 1, 3), (1, 0, 3), (1, 1, 1), (1, 1, 4)]
+    assert rows(span) == [(0, 0, 2), (0, 0, 0), (1, 0, 3), (0, 1, 1), (0, 1, 3), (1, 1, 1), (1, 1, 4)]
 
 
 def test_the_step_at_an_offset_holds_the_spans_rows_of_that_offset():

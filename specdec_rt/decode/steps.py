@@ -1,0 +1,389 @@
+"""The four steps of decoding on static buffers: each is launched at once, with nothing for the host in between.
+
+The target's step makes the tokens of one AR step. A round launches the draft block (γ times backbone and
+chain, each fed with the tokens before it) and the verification; a rejection launches the completion. What
+is staged for a launch, and what it leaves, lies in arrays that live as long as the step's shape is in use.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from specdec_rt.decode.chain import ChainBuffers, Head, Trajectory, require_finite
+from specdec_rt.decode.draft import ChainNoise, Model
+from specdec_rt.engine import BoundCall, Device
+from specdec_rt.families.backbone import Ask
+from specdec_rt.families.span import Span
+from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
+
+__all__ = ["Steps"]
+
+KEPT_STEPS = 64
+"""Shapes whose recorded steps are kept."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where the R rows of a span stand among R' padded ones; padding repeats a row of its AR step."""
+
+    counts: tuple[int, ...]
+    """padded rows of each AR step"""
+    source: IntArray | slice
+    """`[R']` the span's row in each"""
+    where: IntArray | slice
+    """`[R]` the place of each of the span's rows"""
+
+    @classmethod
+    def of(cls, span: Span, device: Device) -> "_Rows":
+        widest = len(span.step) * int(np.diff(span.known).max())
+        counts = span.counts
+        padded = tuple(device.padded(count, widest) for count in counts)
+        if padded == counts:
+            return cls(padded, slice(None), slice(None))
+        first, begin = np.cumsum(counts) - counts, np.cumsum(padded) - padded
+        inside = [np.minimum(np.arange(wide), count - 1) for wide, count in zip(padded, counts, strict=True)]
+        source = np.concatenate([start + rows for start, rows in zip(first, inside, strict=True)])
+        return cls(padded, source, np.arange(sum(counts)) + np.repeat(begin - first, counts))
+
+    @property
+    def slices(self) -> list[slice]:
+        """The padded rows of each AR step."""
+        ends = np.cumsum(self.counts).tolist()
+        return [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Staged:
+    """What the host fills for a step of R' rows of A images."""
+
+    canvas: Array
+    """`[A, L, D]` tokens committed, and in a round those drafted since"""
+    normals: Array
+    """`[R', n + 1, D]`"""
+    guidance: Array
+    """`[G, R']`"""
+    place: Array
+    """`[R']` row of the canvas that a drafted token goes to"""
+
+    def fill(self, span: Span, rows: _Rows, tokens: FloatArray, noise: ChainNoise, guidance: FloatArray) -> None:
+        """Stage what belongs to the span's rows; `tokens [A, L, D]`."""
+        self.canvas[:] = tokens
+        self.normals[:, 0], self.normals[:, 1:] = noise.start[rows.source], noise.steps[rows.source]
+        self.guidance[:] = guidance[:, rows.source]
+        self.place[:] = (span.owner * self.canvas.shape[1] + span.place)[rows.source]
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return (self.canvas, self.normals, self.guidance, self.place)
+
+
+@dataclass(frozen=True, eq=False)
+class _Single:
+    """One AR step by one model."""
+
+    staged: _Staged
+    z_row: Array
+    chain: ChainBuffers
+    launch: BoundCall
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """A round's proposal."""
+
+    staged: _Staged
+    z_rows: list[Array]
+    """`[G R_o]` of each AR step: rows of its backbone call's z"""
+    chains: list[ChainBuffers]
+    path: Array
+    """`[R', n + 1, D]`"""
+    mean: Array
+    """`[R', n, D]`"""
+    std: Array | None
+    launch: BoundCall
+
+
+@dataclass(frozen=True, eq=False)
+class _Verify:
+    """The target's means at all states of a proposal, or its own chains on the same noise."""
+
+    z_rows: list[Array]
+    rows: list[slice]
+    """the padded rows that each of `z_rows` is for"""
+    mean: Array
+    """`[R', n, D]`; empty in `paper` mode"""
+    chain: ChainBuffers | None
+    launch: BoundCall
+
+
+@dataclass(frozen=True, eq=False)
+class _Complete:
+    z_row: Array
+    chain: ChainBuffers
+    launch: BoundCall
+
+
+class Steps:
+    """The steps of one pair of models, their buffers and recordings; `evaluate [n]` as in `Head.run`, for the draft."""
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        target: Model | None,
+        draft: Model | None,
+        evaluate: BoolArray | None,
+        aligned: bool,
+    ) -> None:
+        self.target, self.draft = target, draft
+        """target: None where the draft decodes alone; draft: None where no model drafts"""
+        self.device = device
+        self._evaluate = evaluate
+        self._aligned = aligned
+        self._asked: tuple[Ask, IntArray] | None = None
+        self._single = lru_cache(maxsize=KEPT_STEPS)(self._make_single)
+        self._catching_up = lru_cache(maxsize=KEPT_STEPS)(self._make_catch_up)
+        self._drafting = lru_cache(maxsize=KEPT_STEPS)(self._make_draft)
+        self._verifying = lru_cache(maxsize=KEPT_STEPS)(self._make_verify)
+        self._completing = lru_cache(maxsize=KEPT_STEPS)(self._make_complete)
+
+    @property
+    def models(self) -> list[Model]:
+        """Those that there are."""
+        return [model for model in (self.target, self.draft) if model is not None]
+
+    def single(
+        self, model: Model, tokens: FloatArray, span: Span, noise: ChainNoise, guidance: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Tokens and means `[R, D]` of the one AR step of a span, by `model` alone.
+
+        `tokens [A, L, D]` what is committed, `guidance [G, R]`.
+        """
+        rows = _Rows.of(span, self.device)
+        ask, z_row = model.backbone.ask(span)
+        step = self._single(model is self.draft, ask, len(tokens), tokens.shape[1], rows.counts[0])
+        step.staged.fill(span, rows, tokens, noise, guidance)
+        step.z_row.reshape(len(guidance), -1)[:] = z_row[:, rows.source]
+        step.chain.begin_at(None)
+        step.launch()
+        self.device.wait()
+        token, mean = step.chain.path[-1][rows.where], step.chain.mean[-1][rows.where]
+        require_finite(token, "denoise_step")
+        return token, mean
+
+    def round(
+        self, tokens: FloatArray, span: Span, noise: ChainNoise, guidance: FloatArray
+    ) -> tuple[Trajectory, FloatArray | Trajectory]:
+        """What the draft proposes for the R rows of a span, and what the target has to say of it.
+
+        That is its means `[R, n, D]` at the drafted states; where the step is *aligned*, its own chains on
+        the draft's noise. Both are overwritten by the next round.
+        """
+        assert self.target is not None
+        rows = _Rows.of(span, self.device)
+        target_ask, z_rows = self.target.backbone.ask(span)
+        padded = z_rows[:, rows.source]
+        # Where the target's own head drafts, a round is one AR step.
+        asked = [(target_ask, padded)] if self.draft is None else self._ask_draft(self.draft, span, rows)
+        draft = self._drafting(tuple(ask for ask, _ in asked), len(tokens), tokens.shape[1], rows.counts)
+        verify = self._verifying(target_ask, draft, len(guidance))
+        draft.staged.fill(span, rows, tokens, noise, guidance)
+        for z_row, (_, wanted) in zip(draft.z_rows, asked, strict=True):
+            z_row[:] = wanted.ravel()
+        for z_row, part in zip(verify.z_rows, verify.rows, strict=True):
+            z_row[:] = padded[:, part].ravel()
+        for chain in [*draft.chains, *([] if verify.chain is None else [verify.chain])]:
+            chain.begin_at(None)
+        draft.launch()
+        verify.launch()
+        self.device.wait()
+        self._asked = target_ask, z_rows
+        return self._proposed(draft, rows), self._verified(verify, rows)
+
+    def complete(
+        self, rows: IntArray, guidance: FloatArray, start: FloatArray, noise: FloatArray, begin: IntArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """The target's chains for K `rows` of the last round's span, from `start [K, D]` before transition `begin [K]`.
+
+        `guidance [G, K]`, `noise [K, n, D]` by transition. Returns tokens and means `[K, D]`.
+        """
+        assert self.target is not None
+        assert self._asked is not None
+        ask, z_rows = self._asked
+        n = self.target.head.chain.length
+        count = self.device.padded(len(rows), z_rows.shape[1])
+        here = np.minimum(np.arange(count), len(rows) - 1)
+        length = self.device.padded(n - int(begin.min()), n)
+        step = self._completing(ask, len(guidance), count, length)
+        chain = step.chain
+        step.z_row.reshape(len(guidance), -1)[:] = z_rows[:, rows[here]]
+        chain.guidance[:], chain.path[0] = guidance[:, here], start[here]
+        chain.begin_at(begin[here])
+        chain.noise[:] = noise[here[:, None], chain.step.T].swapaxes(0, 1)
+        step.launch()
+        self.device.wait()
+        each = np.arange(len(rows))
+        token, mean = chain.path[n - begin, each], chain.mean[n - 1 - begin, each]
+        require_finite(token, "denoise_step")
+        return token, mean
+
+    def catch_up(self, order: IntArray, known: IntArray, tokens: FloatArray, steps: int) -> int:
+        """Let the draft take in `tokens [A, L, D]` of the first AR steps; returns its backbone calls per image."""
+        assert self.draft is not None
+        ask = self.draft.backbone.catch_up(order, known, steps)
+        if ask is None:
+            return 0
+        canvas, launch = self._catching_up(ask, tokens.shape)
+        canvas[:] = tokens
+        launch()
+        self.device.wait()
+        return 1
+
+    # --- what is recorded -----------------------------------------------------------------------------
+
+    def _ask_draft(self, draft: Model, span: Span, rows: _Rows) -> list[tuple[Ask, IntArray]]:
+        """A backbone call for each AR step, and the padded rows of its z."""
+        asked = []
+        first = 0
+        source = np.arange(len(span.owner))[rows.source]
+        for offset, part in enumerate(rows.slices):
+            ask, z_row = draft.backbone.ask(span.at(offset), offset)
+            asked.append((ask, z_row[:, source[part] - first]))
+            first += z_row.shape[1]
+        return asked
+
+    def _staged(self, head: Head, images: int, tokens: int, rows: int, branches: int) -> _Staged:
+        zeros, dim = self.device.zeros, head.token_dim
+        return _Staged(
+            canvas=zeros((images, tokens, dim), np.float32),
+            normals=zeros((rows, head.chain.length + 1, dim), np.float32),
+            guidance=zeros((branches, rows), np.float32),
+            place=zeros((rows,), np.int64),
+        )
+
+    def _sampling(
+        self, model: Model, z: Array, staged: _Staged, rows: slice, evaluate: BoolArray | None
+    ) -> tuple[Array, ChainBuffers, list[BoundCall]]:
+        """The chains of some staged rows on conditions gathered from `z [M, Z]`; which of them is staged, too."""
+        device, head, branches = self.device, model.head, len(staged.guidance)
+        chain = head.buffers(branches, rows.stop - rows.start)
+        z_row = device.zeros((chain.guidance.size,), np.int64)
+        normals = staged.normals[rows].swapaxes(0, 1)
+        return (
+            z_row,
+            chain,
+            [
+                device.gather(chain.z.reshape(len(z_row), -1), z, z_row),
+                device.copy(chain.guidance, staged.guidance[:, rows]),
+                device.copy(chain.path[0], normals[0]),
+                device.copy(chain.noise, normals[1:]),
+                *head.run(chain, evaluate),
+            ],
+        )
+
+    def _make_single(self, drafting: bool, ask: Ask, images: int, tokens: int, count: int) -> _Single:
+        model = self.draft if drafting else self.target
+        assert model is not None
+        device = self.device
+        staged = self._staged(model.head, images, tokens, count, model.backbone.branches)
+        evaluate = self._evaluate if drafting else None
+        z_row, chain, calls = self._sampling(model, ask.z, staged, slice(0, count), evaluate)
+        launch = device.record(
+            [
+                device.upload(*staged.arrays, *ask.inputs, z_row, chain.step),
+                *ask.run(device, staged.canvas),
+                *calls,
+                device.download(chain.path[-1], chain.mean[-1]),
+            ]
+        )
+        return _Single(staged, z_row, chain, launch)
+
+    def _make_catch_up(self, ask: Ask, shape: tuple[int, ...]) -> tuple[Array, BoundCall]:
+        device = self.device
+        canvas = device.zeros(shape, np.float32)
+        return canvas, device.record([device.upload(canvas, *ask.inputs), *ask.run(device, canvas)])
+
+    def _make_draft(self, asks: tuple[Ask, ...], images: int, tokens: int, counts: tuple[int, ...]) -> _Draft:
+        device, model = self.device, self.draft or self.target
+        assert model is not None
+        n, dim, total = model.head.chain.length, model.head.token_dim, sum(counts)
+        staged = self._staged(model.head, images, tokens, total, model.backbone.branches)
+        path, mean = device.zeros((total, n + 1, dim), np.float32), device.zeros((total, n, dim), np.float32)
+        std = device.zeros(mean.shape, np.float32) if model.head.learned else None
+        canvas = staged.canvas.reshape(-1, dim)
+        calls: list[BoundCall] = []
+        z_rows, chains = [], []
+        for ask, rows in zip(asks, _Rows(counts, slice(None), slice(None)).slices, strict=True):
+            z_row, chain, sampling = self._sampling(model, ask.z, staged, rows, self._evaluate)
+            calls += [*ask.run(device, staged.canvas), *sampling]
+            kept = (path, mean) if std is None else (path, mean, std)
+            calls += [device.copy(to[rows], of.swapaxes(0, 1)) for to, of in zip(kept, chain.drawn, strict=True)]
+            calls.append(device.scatter(canvas, chain.path[-1], staged.place[rows]))
+            z_rows.append(z_row)
+            chains.append(chain)
+        inputs = [array for ask in asks for array in ask.inputs] + z_rows + [chain.step for chain in chains]
+        launch = device.record(
+            [
+                device.upload(*staged.arrays, *inputs),
+                *calls,
+                device.download(path, mean, *([] if std is None else [std])),
+            ]
+        )
+        return _Draft(staged, z_rows, chains, path, mean, std, launch)
+
+    def _make_verify(self, ask: Ask, draft: _Draft, branches: int) -> _Verify:
+        device, target, staged = self.device, self.target, draft.staged
+        assert target is not None
+        # Where the target's own head drafts, its backbone has been called already.
+        asking = [] if self.draft is None else [device.upload(*ask.inputs), *ask.run(device, staged.canvas)]
+        if self._aligned:
+            rows = slice(0, len(draft.path))
+            z_row, chain, calls = self._sampling(target, ask.z, staged, rows, None)
+            launch = device.record([*asking, device.upload(z_row, chain.step), *calls, device.download(*chain.drawn)])
+            return _Verify([z_row], [rows], np.zeros(0), chain, launch)
+        mean = device.zeros(draft.mean.shape, np.float32)
+        parts = target.head.density(branches, draft.path, mean)
+        z_rows = [device.zeros((part.guidance.size,), np.int64) for part in parts]
+        judging: list[BoundCall] = []
+        for z_row, part in zip(z_rows, parts, strict=True):
+            judging += [
+                device.gather(part.z.reshape(len(z_row), -1), ask.z, z_row),
+                device.copy(part.guidance, staged.guidance[:, part.rows]),
+                part.call,
+            ]
+        launch = device.record([*asking, device.upload(*z_rows), *judging, device.download(mean)])
+        return _Verify(z_rows, [part.rows for part in parts], mean, None, launch)
+
+    def _make_complete(self, ask: Ask, branches: int, count: int, length: int) -> _Complete:
+        device, target = self.device, self.target
+        assert target is not None
+        chain = target.head.buffers(branches, count)
+        z_row = device.zeros((branches * count,), np.int64)
+        launch = device.record(
+            [
+                device.upload(z_row, chain.guidance, chain.step, chain.path[0], chain.noise),
+                device.gather(chain.z.reshape(len(z_row), -1), ask.z, z_row),
+                *target.head.run(chain, None, length),
+                device.download(chain.path, chain.mean),
+            ]
+        )
+        return _Complete(z_row, chain, launch)
+
+    # --- what is read -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _proposed(draft: _Draft, rows: _Rows) -> Trajectory:
+        path = draft.path[rows.where]
+        require_finite(path[:, -1], "denoise_step")
+        return Trajectory(path, draft.mean[rows.where], None if draft.std is None else draft.std[rows.where])
+
+    @staticmethod
+    def _verified(verify: _Verify, rows: _Rows) -> FloatArray | Trajectory:
+        if verify.chain is None:
+            mean = verify.mean[rows.where]
+            require_finite(mean, "log_density")
+            return mean
+        path, mean, *std = (array.swapaxes(0, 1)[rows.where] for array in verify.chain.drawn)
+        require_finite(path[:, -1], "denoise_step")
+        return Trajectory(path, mean, std[0] if std else None)
