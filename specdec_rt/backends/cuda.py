@@ -1,0 +1,175 @@
+"""Buffers in a GPU's memory with pinned host twins, and the small moves between engines, all on one stream."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from specdec_rt.backends.graph import Recording
+from specdec_rt.backends.kernels import KERNELS, compile_kernels
+from specdec_rt.backends.twins import Twins
+from specdec_rt.engine import BoundCall
+from specdec_rt.errors import BackendError
+from specdec_rt.types import Array
+
+__all__ = ["CudaDevice"]
+
+THREADS = 256
+MOST_AXES = 4
+"""of a copy between views, as the kernel is written"""
+MOST_TERMS = 4
+SCRATCH_BYTES = 2**26
+"""at least; a larger one is made where an engine needs it"""
+
+
+class CudaDevice:
+    """As in `engine.Device`, on GPU `ordinal`.
+
+    Batches are padded to one of `batch_buckets` (ascending), other sizes to powers of two, so that few shapes
+    are captured. Without `graphs` the same calls run one by one.
+    """
+
+    def __init__(self, *, batch_buckets: Sequence[int], graphs: bool, ordinal: int = 0) -> None:
+        from cuda import core  # heavy, and absent where there is no GPU
+        from cuda.bindings import driver
+
+        self._core, self._driver = core, driver
+        self._device = core.Device(ordinal)
+        self._device.set_current()
+        self.stream = self._device.create_stream()
+        self.graphs = graphs
+        self._buckets = tuple(batch_buckets)
+        self._pinned = core.LegacyPinnedMemoryResource()
+        self._twins = Twins()
+        self._scratch: list[Any] = []
+        self._kernels = compile_kernels(core, self._device.arch)
+
+    # --- memory ---------------------------------------------------------------------------------------
+
+    def zeros(self, shape: tuple[int, ...], dtype: type[np.generic], *, staged: bool = True) -> Array:
+        """As in `engine.Device`."""
+        size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
+        memory = self._device.allocate(size, stream=self.stream)
+        memory.fill(0, stream=self.stream)
+        pinned = self._pinned.allocate(size) if staged else None
+        if pinned is None:
+            array = np.empty(shape, dtype)  # never touched: no memory stands behind its addresses
+        else:
+            array = np.ndarray(shape, dtype, buffer=memoryview((ctypes.c_char * size).from_address(int(pinned.handle))))
+            array[...] = 0
+
+        def release() -> None:
+            memory.close(self.stream)  # after the work that is queued on it
+            if pinned is not None:
+                self.stream.sync()
+                pinned.close()
+
+        self._twins.add(array, int(memory.handle), release)
+        return array
+
+    def scratch(self, size: int) -> int:
+        """The address of so many bytes that all engines share, one after the other."""
+        if not self._scratch or self._scratch[-1].size < size:
+            # Recordings may hold the smaller ones.
+            self._scratch.append(self._device.allocate(max(size, SCRATCH_BYTES), stream=self.stream))
+        return int(self._scratch[-1].handle)
+
+    def address(self, array: Array) -> int:
+        """The device address of an array's twin. Raises BackendError where it has none, or has gaps."""
+        if not array.flags.c_contiguous:
+            raise BackendError(f"an array {array.dtype} {array.shape} has gaps; an engine takes contiguous buffers")
+        return self._twins.address(array)
+
+    def upload(self, *arrays: Array) -> BoundCall:
+        """As in `engine.Device`."""
+        return self._memory_copies([(self.address(array), array.ctypes.data, array.nbytes) for array in arrays], arrays)
+
+    def download(self, *arrays: Array) -> BoundCall:
+        """As in `engine.Device`."""
+        return self._memory_copies([(array.ctypes.data, self.address(array), array.nbytes) for array in arrays], arrays)
+
+    def _memory_copies(self, moves: list[tuple[int, int, int]], kept: tuple[Array, ...]) -> BoundCall:
+        driver, stream = self._driver, self._driver.CUstream(int(self.stream.handle))
+
+        def call() -> None:
+            assert kept is not None  # the arrays live as long as what is bound to them
+            for destination, source, size in moves:
+                # One address space: the driver sees which side is the host's.
+                self._check(driver.cuMemcpyAsync(destination, source, size, stream), "copy between host and device")
+
+        return call
+
+    # --- kernels --------------------------------------------------------------------------------------
+
+    def copy(self, destination: Array, source: Array) -> BoundCall:
+        """As in `engine.Device`."""
+        source = np.broadcast_to(source, destination.shape)
+        if destination.ndim > MOST_AXES:
+            raise BackendError(f"a copy of {destination.ndim} axes; at most {MOST_AXES} are supported")
+        lead = MOST_AXES - destination.ndim
+        shape = [1] * lead + list(destination.shape)
+        strides = [
+            [0] * lead + [stride // array.itemsize for stride in array.strides] for array in (destination, source)
+        ]
+        return self._launch(
+            "copy_view",
+            destination.size,
+            (destination, source),
+            [np.int64(n) for n in (*shape[1:], *strides[0], *strides[1])],
+        )
+
+    def gather(self, destination: Array, source: Array, index: Array) -> BoundCall:
+        """As in `engine.Device`."""
+        width = np.int64(source.shape[1])
+        return self._launch("gather_rows", destination.size, (destination, source, index), [width])
+
+    def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
+        """As in `engine.Device`."""
+        width = np.int64(source.shape[1])
+        return self._launch("scatter_rows", source.size, (destination, source, index), [width])
+
+    def combine(self, destination: Array, terms: Sequence[tuple[float, Array]]) -> BoundCall:
+        """As in `engine.Device`."""
+        assert 1 <= len(terms) <= MOST_TERMS
+        padded = [*terms, *[(0.0, terms[0][1])] * (MOST_TERMS - len(terms))]
+        arrays = (destination, *(array for _, array in padded))
+        return self._launch("combine", destination.size, arrays, [np.float64(factor) for factor, _ in padded])
+
+    def _launch(self, name: str, count: int, arrays: tuple[Array, ...], numbers: list[Any]) -> BoundCall:
+        """Kernel `name` over `count` values: the addresses of `arrays`, the count, then `numbers`."""
+        assert name in KERNELS
+        config = self._core.LaunchConfig(grid=max(-(-count // THREADS), 1), block=THREADS)
+        kernel, stream, launch = self._kernels[name], self.stream, self._core.launch
+        arguments = [*(np.uint64(self._twins.address(array)) for array in arrays), np.int64(count), *numbers]
+
+        def call() -> None:
+            assert arrays is not None  # as above
+            launch(stream, config, kernel, *arguments)
+
+        return call
+
+    # --- steps ----------------------------------------------------------------------------------------
+
+    def record(self, calls: Sequence[BoundCall]) -> BoundCall:
+        """As in `engine.Device`."""
+        return Recording(self.stream, calls, capture=self.graphs)
+
+    def wait(self) -> None:
+        """As in `engine.Device`."""
+        try:
+            self.stream.sync()
+        except Exception as error:  # the driver's errors have a type of their own
+            raise BackendError(f"the GPU failed while it worked: {error}; start the process anew") from error
+
+    def lanes(self, images: int) -> int:
+        """The smallest bucket that holds so many; itself beyond the largest."""
+        return next((bucket for bucket in self._buckets if bucket >= images), images)
+
+    def padded(self, count: int, limit: int) -> int:
+        """The next power of two, at most `limit`."""
+        return min(1 << max(count - 1, 0).bit_length(), limit)
+
+    def _check(self, answer: tuple[Any, ...], what: str) -> None:
+        if int(answer[0]):
+            raise BackendError(f"CUDA refused a {what}: {answer[0].name}")

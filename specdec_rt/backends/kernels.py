@@ -1,0 +1,58 @@
+"""The moves between engines, as CUDA kernels: compiled by NVRTC where they run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from specdec_rt.errors import BackendError
+
+__all__ = ["KERNELS", "SOURCE", "compile_kernels"]
+
+KERNELS = ("copy_view", "gather_rows", "scatter_rows", "combine")
+
+SOURCE = r"""
+// Every kernel has one thread per value; `count` of them have work.
+typedef long long index_t;
+
+#define VALUE(i, count) \
+    const index_t i = (index_t)blockIdx.x * blockDim.x + threadIdx.x; \
+    if (i >= count) return
+
+// Four axes of sizes (any, n1, n2, n3), strides in values.
+extern "C" __global__ void copy_view(float* to, const float* from, index_t count, index_t n1, index_t n2, index_t n3,
+                                     index_t t0, index_t t1, index_t t2, index_t t3,
+                                     index_t f0, index_t f1, index_t f2, index_t f3) {
+    VALUE(i, count);
+    const index_t d = i % n3, c = i / n3 % n2, b = i / (n3 * n2) % n1, a = i / (n3 * n2 * n1);
+    to[a * t0 + b * t1 + c * t2 + d * t3] = from[a * f0 + b * f1 + c * f2 + d * f3];
+}
+
+extern "C" __global__ void gather_rows(float* to, const float* from, const index_t* index, index_t count,
+                                       index_t width) {
+    VALUE(i, count);
+    to[i] = from[index[i / width] * width + i % width];
+}
+
+extern "C" __global__ void scatter_rows(float* to, const float* from, const index_t* index, index_t count,
+                                        index_t width) {
+    VALUE(i, count);
+    to[index[i / width] * width + i % width] = from[i];
+}
+
+extern "C" __global__ void combine(float* to, const float* p, const float* q, const float* r, const float* s,
+                                   index_t count, double a, double b, double c, double d) {
+    VALUE(i, count);
+    to[i] = (float)(a * p[i] + b * q[i] + c * r[i] + d * s[i]);
+}
+"""
+
+
+def compile_kernels(core: Any, arch: str) -> Mapping[str, Any]:  # noqa: ANN401  # cuda.core, imported by the caller
+    """The kernels for GPUs of `arch` ("90"). Raises BackendError where NVRTC is missing or refuses."""
+    try:
+        options = core.ProgramOptions(std="c++17", arch=f"sm_{arch}")
+        code = core.Program(SOURCE, code_type="c++", options=options).compile("cubin")
+        return {name: code.get_kernel(name) for name in KERNELS}
+    except Exception as error:  # missing libraries, driver and compiler each have errors of their own
+        raise BackendError(
+            f"the kernels for sm_{arch} cannot be compiled: {error}; install this package's 'cuda' extra"
+        ) from error

@@ -1,0 +1,43 @@
+"""Which device memory stands behind an array of host memory."""
+
+import weakref
+from bisect import bisect_right, insort
+from collections.abc import Callable
+
+from specdec_rt.errors import BackendError
+from specdec_rt.types import Array
+
+__all__ = ["Twins"]
+
+
+class Twins:
+    """Arrays and the addresses of their twins; a view's twin lies where the view lies in its array."""
+
+    def __init__(self) -> None:
+        self._begins: list[int] = []
+        self._entries: dict[int, tuple[int, int]] = {}
+        """host address → bytes, device address"""
+
+    def add(self, array: Array, address: int, release: Callable[[], None]) -> None:
+        """Take in a whole, contiguous array; `release` is called once nobody holds it or a view of it."""
+        begin = array.ctypes.data
+        insort(self._begins, begin)
+        self._entries[begin] = (array.nbytes, address)
+
+        def forget() -> None:
+            self._begins.remove(begin)
+            del self._entries[begin]
+            release()
+
+        weakref.finalize(array, forget).atexit = False  # at exit the driver gives all back by itself
+
+    def address(self, view: Array) -> int:
+        """The device address of a view's first value. Raises BackendError where it is no part of a known array."""
+        at = view.ctypes.data
+        index = bisect_right(self._begins, at) - 1
+        if index >= 0:
+            begin = self._begins[index]
+            size, address = self._entries[begin]
+            if at < begin + size:
+                return address + at - begin
+        raise BackendError(f"an array {view.dtype} {view.shape} has no device memory; make it by the device's zeros()")

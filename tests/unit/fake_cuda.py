@@ -1,0 +1,176 @@
+"""A CUDA driver in host memory, as far as `backends.cuda` and `backends.graph` use one.
+
+Device memory is apart from pinned memory. Work on a stream is queued, and done when somebody waits: a host
+that writes too early or reads too soon is seen. What a capture forbids raises an error. Kernels are the
+shipped source, compiled for the host by `tests/unit/test_cuda.py`, or these plain versions of it.
+"""
+
+import ctypes
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+
+from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
+from specdec_rt.engine import Limits
+
+
+def at(address, shape, dtype=np.float32, strides=None):
+    """Memory as an array; strides in values."""
+    steps = None if strides is None else [step * np.dtype(dtype).itemsize for step in strides]
+    reach = np.prod(shape) if steps is None else sum((n - 1) * abs(s) for n, s in zip(shape, strides, strict=True)) + 1
+    raw = (ctypes.c_char * (max(int(reach), 1) * np.dtype(dtype).itemsize)).from_address(address)
+    return np.ndarray(shape, dtype, buffer=memoryview(raw), strides=steps)
+
+
+def copy_view(to, of, count, *numbers):
+    shape = (count // int(np.prod(numbers[:3])), *numbers[:3])
+    at(to, shape, strides=numbers[3:7])[...] = at(of, shape, strides=numbers[7:])
+
+
+def gather_rows(to, of, index, count, width):
+    rows = at(index, (count // width,), np.int64)
+    at(to, (len(rows), width))[...] = at(of, (int(rows.max()) + 1, width))[rows]
+
+
+def scatter_rows(to, of, index, count, width):
+    rows = at(index, (count // width,), np.int64)
+    at(to, (int(rows.max()) + 1, width))[rows] = at(of, (len(rows), width))
+
+
+def combine(to, p, q, r, s, count, *factors):
+    terms = zip(factors, (p, q, r, s), strict=True)
+    at(to, (count,))[:] = sum(factor * np.float64(at(array, (count,))) for factor, array in terms)
+
+
+PLAIN_KERNELS = {"copy_view": copy_view, "gather_rows": gather_rows, "scatter_rows": scatter_rows, "combine": combine}
+
+
+class Stream:
+    handle = 7
+
+    def __init__(self):
+        self.queue, self.captured, self.launches = [], None, 0
+
+    def push(self, work):
+        (self.queue if self.captured is None else self.captured).append(work)
+
+    def sync(self):
+        assert self.captured is None, "a stream must not be waited for while it is captured"
+        queue, self.queue = self.queue, []
+        for work in queue:
+            work()
+
+    def create_graph_builder(self):
+        return GraphBuilder(self)
+
+
+class GraphBuilder:
+    def __init__(self, stream):
+        self.stream, self.work = stream, None
+
+    def begin_building(self):
+        self.stream.captured = []
+
+    def end_building(self):
+        self.work, self.stream.captured = self.stream.captured, None
+        return self
+
+    def complete(self):
+        return self
+
+    def upload(self, stream):
+        assert stream is self.stream
+
+    def launch(self, stream):
+        stream.launches += 1
+        for work in self.work:
+            stream.push(work)
+
+
+class Memory:
+    def __init__(self, driver, size):
+        assert driver.stream.captured is None, "nothing is allocated while a stream is captured"
+        self.driver, self.size, self._bytes = driver, size, (ctypes.c_char * size)()
+        ctypes.memset(self._bytes, 0xFF, size)  # NaN in every float
+        self.handle = ctypes.addressof(self._bytes)
+        driver.allocated += 1
+
+    def fill(self, value, *, stream):
+        stream.push(lambda: ctypes.memset(self._bytes, value, self.size))
+
+    def close(self, stream=None):  # noqa: ARG002  # the driver's
+        self.driver.allocated -= 1
+
+
+class FakeCuda:
+    """The driver; `install` puts it in the place of the real modules."""
+
+    def __init__(self, kernels=PLAIN_KERNELS):
+        self.stream, self.allocated, self.kernels = Stream(), 0, kernels
+
+    def install(self, monkeypatch):
+        driver = SimpleNamespace(CUstream=int, cuMemcpyAsync=self.copy)
+        core = SimpleNamespace(
+            Device=lambda ordinal: SimpleNamespace(  # noqa: ARG005  # the driver's
+                set_current=lambda: None,
+                create_stream=lambda: self.stream,
+                arch="90",
+                allocate=lambda size, stream: Memory(self, size),  # noqa: ARG005
+            ),
+            LegacyPinnedMemoryResource=lambda: SimpleNamespace(allocate=lambda size: Memory(self, size)),
+            ProgramOptions=SimpleNamespace,
+            Program=lambda source, **_: SimpleNamespace(compile=lambda _: self),  # noqa: ARG005
+            LaunchConfig=SimpleNamespace,
+            launch=self.launch,
+        )
+        modules = {"cuda": ModuleType("cuda"), "cuda.core": core, "cuda.bindings": ModuleType("bindings")}
+        modules["cuda"].core, modules["cuda.bindings"].driver = core, driver
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+
+    def copy(self, to, of, size, stream):
+        assert stream == self.stream.handle
+        self.stream.push(lambda: ctypes.memmove(to, of, size))
+        return (0,)
+
+    def get_kernel(self, name):
+        return self.kernels[name]
+
+    def launch(self, stream, config, kernel, *arguments):
+        assert config.grid * config.block >= 1
+        for argument in arguments:
+            assert type(argument) in (np.uint64, np.int64, np.float64), "a kernel reads eight bytes for each argument"
+        stream.push(lambda: kernel(*(argument.item() for argument in arguments)))
+
+
+@dataclass(frozen=True)
+class FakeBackend:
+    """ONNX Runtime's engines on the CPU, bound to the fake GPU's memory and queued on its stream."""
+
+    device: object
+    limits: Limits = field(default_factory=Limits)
+    name: str = "fake"
+
+    def load(self, path: Path):
+        return FakeEngine(self.device, OnnxRuntimeBackend(threads=1).load(path))
+
+
+class FakeEngine:
+    def __init__(self, device, engine):
+        self.device, self.engine = device, engine
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+
+    def bind(self, inputs, outputs):
+        twins = {}
+        for array in (*inputs.values(), *outputs.values()):
+            raw = (ctypes.c_char * max(array.nbytes, 1)).from_address(self.device.address(array))
+            twins.setdefault(id(array), np.ndarray(array.shape, array.dtype, buffer=memoryview(raw)))
+        call = self.engine.bind(
+            {name: twins[id(array)] for name, array in inputs.items()},
+            {name: twins[id(array)] for name, array in outputs.items()},
+        )
+        kept = (inputs, outputs)
+        return lambda: self.device.stream.push(lambda: call() if kept else None)

@@ -1,0 +1,183 @@
+"""The small moves between engines: buffers with twins, kernels, captured steps."""
+
+import ctypes
+import gc
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from fake_cuda import PLAIN_KERNELS, FakeCuda
+
+from specdec_rt.backends.cuda import CudaDevice
+from specdec_rt.backends.kernels import KERNELS, SOURCE, compile_kernels
+from specdec_rt.backends.twins import Twins
+from specdec_rt.errors import BackendError
+
+HOST = r"""
+struct Axis { long long x; };
+static Axis blockIdx, blockDim = {1}, threadIdx = {0};
+#define __global__
+"""
+"""What makes the kernels' source C++ for the host: one block after the other, of one thread each."""
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(tmp_path_factory):
+    """The shipped source, compiled for the host."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    folder = tmp_path_factory.mktemp("kernels")
+    (folder / "kernels.cpp").write_text(
+        HOST + SOURCE + 'extern "C" void set_block(long long block) { blockIdx.x = block; }'
+    )
+    library = folder / "kernels.so"
+    subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", folder / "kernels.cpp", "-o", library], check=True
+    )
+    loaded = ctypes.CDLL(str(library))
+
+    def kernel(name):
+        function = getattr(loaded, name)
+        count_at = {"copy_view": 2, "gather_rows": 3, "scatter_rows": 3, "combine": 5}[name]
+
+        def call(*arguments):
+            typed = [ctypes.c_double(a) if isinstance(a, float) else ctypes.c_longlong(a) for a in arguments]
+            for block in range(arguments[count_at] + 3):  # the last ones have no work
+                loaded.set_block(ctypes.c_longlong(block))
+                function(*typed)
+
+        return call
+
+    return {name: kernel(name) for name in KERNELS}
+
+
+@pytest.fixture(params=["plain", "compiled"])
+def device(request, monkeypatch):
+    kernels = PLAIN_KERNELS if request.param == "plain" else request.getfixturevalue("compiled_kernels")
+    cuda = FakeCuda(kernels)
+    cuda.install(monkeypatch)
+    return CudaDevice(batch_buckets=(1, 4), graphs=True)
+
+
+def filled(device, *shape):
+    array = device.zeros(shape, np.float32)
+    array[...] = np.random.default_rng(sum(shape)).standard_normal(shape)
+    device.upload(array)()
+    return array
+
+
+def fetched(device, array):
+    device.download(array)()
+    device.wait()
+    return array
+
+
+def test_zeros_are_zeros_on_both_sides(device):
+    array = device.zeros((3, 2), np.int64)
+    assert not array.any()
+    array[:] = 5
+    assert not fetched(device, array).any()
+
+
+def test_views_are_copied_with_their_strides(device):
+    path, state = device.zeros((4, 6, 3), np.float32), filled(device, 6, 2, 3)
+    expected = np.array(state[:, 1])
+    device.copy(path[1], state[:, 1])()
+    np.testing.assert_array_equal(fetched(device, path)[1], expected)
+    assert not path[[0, 2, 3]].any()
+
+
+def test_axes_are_swapped_and_broadcast(device):
+    source, row = filled(device, 2, 5, 3), filled(device, 1, 3)
+    swapped, rows = device.zeros((5, 2, 3), np.float32), device.zeros((4, 3), np.float32)
+    device.copy(swapped, source.swapaxes(0, 1))()
+    device.copy(rows, row)()
+    np.testing.assert_array_equal(fetched(device, swapped), source.swapaxes(0, 1))
+    np.testing.assert_array_equal(fetched(device, rows), np.tile(row, (4, 1)))
+
+
+def test_rows_are_gathered_and_scattered(device):
+    source, index = filled(device, 7, 3), device.zeros((4,), np.int64)
+    index[:] = [6, 0, 0, 2]
+    gathered, scattered = device.zeros((4, 3), np.float32), device.zeros((7, 3), np.float32)
+    device.upload(index)()
+    device.gather(gathered, source, index)()
+    device.scatter(scattered, gathered, index)()
+    expected = source[index].copy()
+    np.testing.assert_array_equal(fetched(device, gathered), expected)
+    np.testing.assert_array_equal(fetched(device, scattered)[[6, 0, 2]], source[[6, 0, 2]])
+    assert not scattered[[1, 3, 4, 5]].any()
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_terms_are_added_up(device, count):
+    terms = [(0.5 * i - 1.25, filled(device, i + 3, 3)[i:]) for i in range(count)]
+    total = device.zeros((3, 3), np.float32)
+    device.combine(total, terms)()
+    expected = sum(factor * np.float64(array) for factor, array in terms).astype(np.float32)
+    np.testing.assert_array_equal(fetched(device, total), expected)
+
+
+def test_a_step_is_captured_once_and_replayed(device):
+    a, b = filled(device, 5), device.zeros((5,), np.float32)
+    step = device.record([device.upload(a), device.combine(b, [(2.0, a)]), device.download(b)])
+    for turn in range(3):
+        a[:] = turn + 1
+        step()
+        device.wait()
+        np.testing.assert_array_equal(b, np.full(5, 2.0 * (turn + 1)))
+    assert device.stream.launches == 2
+
+
+def test_what_is_not_the_devices_is_refused(device):
+    with pytest.raises(BackendError, match="has no device memory"):
+        device.upload(np.zeros(3, np.float32))
+    with pytest.raises(BackendError, match="has gaps"):
+        device.upload(device.zeros((4, 4), np.float32)[:, 1])
+
+
+def test_memory_is_given_back_with_its_last_view(monkeypatch):
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    device = CudaDevice(batch_buckets=(1,), graphs=True)
+    view = device.zeros((8, 4), np.float32)[2:, 1:].T
+    gc.collect()
+    assert cuda.allocated == 2  # the array and its twin
+    del view
+    gc.collect()
+    assert cuda.allocated == 0
+
+
+@pytest.mark.parametrize(("images", "lanes"), [(1, 1), (2, 4), (4, 4), (9, 9)])
+def test_batches_are_padded_to_buckets(monkeypatch, images, lanes):
+    FakeCuda().install(monkeypatch)
+    assert CudaDevice(batch_buckets=(1, 4), graphs=True).lanes(images) == lanes
+
+
+def test_twins_of_views_lie_where_the_views_lie():
+    twins, first, second = Twins(), np.zeros((4, 8), np.float32), np.zeros(3, np.int64)
+    twins.add(first, 1000, lambda: None)
+    twins.add(second, 5000, lambda: None)
+    assert twins.address(first) == 1000
+    assert twins.address(first[2:, 3:]) == 1000 + 2 * 32 + 3 * 4
+    assert twins.address(second[1:]) == 5008
+
+
+@pytest.mark.parametrize("arch", ["75", "87", "90", "120"])
+def test_nvrtc_compiles_the_kernels(arch):
+    core = pytest.importorskip("cuda.core")
+    pytest.importorskip("nvidia.cu13", reason="NVRTC is not installed")
+    program = core.Program(SOURCE, code_type="c++", options=core.ProgramOptions(std="c++17", arch=f"sm_{arch}"))
+    assert all(name.encode() in program.compile("cubin").code for name in KERNELS)
+
+
+def test_without_nvrtc_the_error_says_what_to_install():
+    class Missing:
+        @staticmethod
+        def ProgramOptions(**_):  # noqa: N802  # cuda.core's
+            raise RuntimeError("libnvrtc.so is not there")
+
+    with pytest.raises(BackendError, match=r"libnvrtc\.so is not there; install this package's 'cuda' extra"):
+        compile_kernels(Missing, "90")

@@ -1,0 +1,85 @@
+"""The steps of decoding on a device with memory of its own: nothing is forgotten, nothing comes too early."""
+
+import gc
+
+import numpy as np
+import pytest
+from fake_cuda import FakeBackend, FakeCuda
+
+from specdec_rt import Pipeline, load
+from specdec_rt.backends.cuda import CudaDevice
+from specdec_rt.bundle import load_bundle
+
+CLOSE = 1e-4
+"""Rounding between batch shapes may move a token by this much."""
+CASES = {
+    "target": {"mode": "target"},
+    "exact": {"mode": "exact", "draft_length": 3},
+    "strided draft": {"mode": "draft", "draft_steps": 12},
+    "self": {"mode": "exact", "draft": "self"},
+    "paper": {"mode": "paper", "tau": 4.0, "prefill": 0.2},
+    "prefilled": {"mode": "exact", "prefill": 0.5},
+    "without guidance": {"mode": "exact", "guidance": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def host():
+    return {name: load(name) for name in ("digits", "digits-mar")}
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    """A GPU that is none; the device is made on it once, and never imports anything after that."""
+    cuda = FakeCuda()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cuda.install(monkeypatch)
+        cuda.device = CudaDevice(batch_buckets=(1, 4, 8), graphs=True)
+    return cuda
+
+
+@pytest.fixture(scope="module")
+def gpu(cuda):
+    return {name: Pipeline(load_bundle(name), FakeBackend(cuda.device)) for name in ("digits", "digits-mar")}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["digits", "digits-mar"])
+def test_images_are_the_hosts(host, gpu, name, case):
+    """Three images in four lanes, rows padded to powers of two, drafts that never pass through the host."""
+    options = dict(CASES[case])
+    if name == "digits-mar":
+        options["ar_steps"] = 8
+    expected, found = (pipeline.generate([3, 1, 4], seed=7, **options).tokens for pipeline in (host[name], gpu[name]))
+    assert np.abs(found - expected).max() <= CLOSE
+
+
+def test_lanes_shrink_with_the_batch(host, gpu):
+    """Six images in eight lanes; once four are left, caches move to the four lanes that stay."""
+    labels = [0, 1, 2, 3, 4, 5]
+    expected, found = (
+        pipeline.generate(labels, seed=2, draft_length=2).tokens for pipeline in (host["digits"], gpu["digits"])
+    )
+    assert np.abs(found - expected).max() <= CLOSE
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-mar"])
+def test_a_second_request_allocates_nothing_new(cuda, gpu, name):
+    """Shapes come again, and with them their buffers: memory does not grow."""
+    options = {} if name == "digits" else {"ar_steps": 6}
+    gpu[name].generate([1, 2, 3], seed=1, **options)
+    gc.collect()
+    before, launches = cuda.allocated, cuda.stream.launches
+    result = gpu[name].generate([1, 2, 3], seed=1, **options)
+    assert cuda.allocated == before
+    # Every round replays the draft block and the verification, and most of them a completion.
+    assert cuda.stream.launches - launches >= 2 * result.stats.rounds / 3
+
+
+def test_a_forgotten_upload_is_seen(host, monkeypatch):
+    """The test can fail: a device whose uploads do nothing draws other images."""
+    FakeCuda().install(monkeypatch)
+    device = CudaDevice(batch_buckets=(1,), graphs=False)
+    monkeypatch.setattr(device, "upload", lambda *_: lambda: None)
+    tokens = Pipeline(load_bundle("digits"), FakeBackend(device)).generate([3], seed=7, mode="target").tokens
+    assert not np.abs(tokens - host["digits"].generate([3], seed=7, mode="target").tokens).max() <= 0.1
