@@ -11,11 +11,23 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from specdec_rt import build_command
+from specdec_rt.build.cache import EngineCache
+from specdec_rt.build.recipe import read_recipe
 from specdec_rt.bundle import load_bundle
 from specdec_rt.config import DecodeOptions
+from specdec_rt.doctor import doctor_record, doctor_report
+from specdec_rt.engine_report import (
+    engine_record,
+    engine_report,
+    engines_report,
+    find_engine,
+    find_engines,
+    is_engine_file,
+)
 from specdec_rt.errors import SpecDecError, UsageError
 from specdec_rt.manifest import Manifest
 from specdec_rt.output import Write, array_writer, check_file, check_folder, png_writer, write_together
@@ -42,6 +54,10 @@ messages = Console(stderr=True)
 
 BundleArgument = Annotated[str, typer.Argument(help="A bundle's folder, or an embedded one's name.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
+CacheOption = Annotated[Path | None, typer.Option(metavar="DIR", help="The engine cache; the user's own by default.")]
+
+
+app.command()(build_command.build)
 
 
 def main() -> None:
@@ -75,7 +91,16 @@ def generate(
     guidance_schedule: Annotated[str | None, typer.Option(help="linear or constant.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Factor on the chain's noise.")] = None,
     ar_steps: Annotated[int | None, typer.Option(help="Autoregressive steps per image (MAR).")] = None,
-    backend: Annotated[str, typer.Option(help="auto or onnxruntime.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="auto (the best that works here), tensorrt-rtx, tensorrt, cuda or onnxruntime.")
+    ] = "auto",
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="How engines are built; it names its backend.")
+    ] = None,
+    cache: CacheOption = None,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Capture the steps of decoding, or run them eagerly.")
+    ] = True,
     threads: Annotated[int | None, typer.Option(help="Cores that engines may use; all of them by default.")] = None,
     out: Annotated[
         Path | None,
@@ -101,7 +126,7 @@ def generate(
         temperature=temperature,
         ar_steps=ar_steps,
     )
-    pipeline = load(bundle, backend=backend, threads=threads)
+    pipeline = load(bundle, backend=backend, recipe=recipe, cache=cache, threads=threads, cuda_graph=cuda_graph)
     manifest = pipeline.bundle.manifest
     chosen = parse_labels(labels, manifest.classes)
     if count < 1:
@@ -134,13 +159,52 @@ def generate(
 
 
 @app.command()
-def inspect(bundle: BundleArgument = "digits", *, as_json: JsonOption = False) -> None:
-    """Show what a bundle holds, what works on it and where it comes from."""
+def inspect(
+    bundle: Annotated[
+        str, typer.Argument(help="A bundle's folder, an embedded one's name, or an engine in the cache (KEY.plan).")
+    ] = "digits",
+    *,
+    engines: Annotated[bool, typer.Option("--engines", help="The engines built from the bundle.")] = False,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Of the engines those of this recipe.")] = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a bundle or an engine holds, what works on it and where it comes from."""
+    if not engines and (recipe is not None or cache is not None):
+        raise UsageError(f"{'--recipe' if recipe else '--cache'} is about engines; add --engines")
+    if is_engine_file(bundle):
+        if engines:
+            raise UsageError(f"{bundle} is an engine itself; leave out --engines")
+        _inspect_engine(Path(bundle), as_json=as_json)
+        return
     checked = load_bundle(bundle)
-    if as_json:
-        typer.echo(json.dumps(bundle_record(checked)))
+    if engines:
+        found = find_engines(checked, EngineCache(cache), None if recipe is None else read_recipe(recipe))
+        record: object = [engine_record(entry) for entry in found]
+        shown = engines_report(checked.manifest, found)
     else:
-        Console().print(bundle_report(checked))
+        record, shown = bundle_record(checked), bundle_report(checked)
+    _show(record, shown, as_json=as_json)
+
+
+def _inspect_engine(path: Path, *, as_json: bool) -> None:
+    entry = find_engine(path)
+    _show(engine_record(entry), engine_report(entry), as_json=as_json)
+
+
+@app.command()
+def doctor(*, cache: CacheOption = None, as_json: JsonOption = False) -> None:
+    """Tell what is installed, which backends can run here, and why the others cannot."""
+    record = doctor_record(cache)
+    _show(record, doctor_report(record), as_json=as_json)
+
+
+def _show(record: object, report: RenderableType, *, as_json: bool) -> None:
+    """A result on stdout."""
+    if as_json:
+        typer.echo(json.dumps(record, allow_nan=False))
+    else:
+        Console().print(report)
 
 
 def parse_labels(text: str | None, classes: int) -> list[int]:

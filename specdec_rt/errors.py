@@ -4,13 +4,14 @@ SpecDecError
 ├── UsageError       an option or argument is wrong        (CLI exit code 2)
 │   └── ChainError   a chain on which the asked-for mode cannot work
 ├── BundleError      a bundle is unreadable, damaged or inconsistent (CLI exit code 2)
+├── RecipeError      a recipe is unreadable, or says what cannot be built (CLI exit code 2)
 ├── OutputError      a result cannot be written where it was asked for (CLI exit code 2)
 └── BackendError     a backend is missing or failed at run time      (CLI exit code 1)
 
 A message names what was given, what was expected and how to mend it.
 """
 
-__all__ = ["BackendError", "BundleError", "ChainError", "OutputError", "SpecDecError", "UsageError"]
+__all__ = ["BackendError", "BundleError", "ChainError", "OutputError", "RecipeError", "SpecDecError", "UsageError"]
 
 
 class SpecDecError(Exception):
@@ -31,6 +32,12 @@ class ChainError(UsageError):
 
 class BundleError(SpecDecError):
     """A bundle is unreadable, truncated, altered, or does not fit its manifest."""
+
+    exit_code = 2
+
+
+class RecipeError(SpecDecError):
+    """A recipe is unreadable, has unknown keys, or says what its backend or the bundle cannot have."""
 
     exit_code = 2
 

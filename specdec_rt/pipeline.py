@@ -11,17 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
+from specdec_rt.build.cache import EngineCache
+from specdec_rt.build.recipe import read_recipe
+from specdec_rt.build.select import open_backend
 from specdec_rt.bundle import Bundle, load_bundle
-from specdec_rt.config import SELF_DRAFT, DecodeOptions, check_whole_number
+from specdec_rt.config import SELF_DRAFT, DecodeOptions, Mode, check_whole_number
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import Model
 from specdec_rt.decode.loop import Decoder, Plan, Session
 from specdec_rt.decode.stats import Counters, Stats
-from specdec_rt.engine import Backend, Engine
+from specdec_rt.decode.steps import Steps
+from specdec_rt.engine import Backend, Engine, run_once
 from specdec_rt.errors import BundleError, UsageError
+from specdec_rt.families.backbone import Backbone
 from specdec_rt.families.causal import CausalBackbone
 from specdec_rt.families.mar import MarBackbone
-from specdec_rt.families.span import Backbone
 from specdec_rt.manifest import Graph, GraphName
 from specdec_rt.manifest import Model as ModelRecord
 from specdec_rt.noise import NoiseSource
@@ -37,12 +41,11 @@ from specdec_rt.schedule import (
 )
 from specdec_rt.types import Array, FloatArray, IntArray
 
-__all__ = ["BACKENDS", "Pipeline", "Result", "load"]
+__all__ = ["Pipeline", "Result", "load"]
 
-BACKENDS = ("auto", "onnxruntime")
 DEFAULT_BATCH_SIZE = 16
 KEPT_CHAINS = 8
-"""Chains (a request's temperature makes a new one) whose buffers are kept for the next request."""
+"""Chains (a request's temperature makes a new one), and what is built on them, kept for the next request."""
 PAPER_PREFILL = 0.05
 SELF_SHARE = 0.4
 """Share of the chain's steps that the "self" draft evaluates where nothing else is asked for."""
@@ -64,18 +67,35 @@ class Result:
     stats: Stats
 
 
-def load(bundle: str | Path = "digits", *, backend: str = "auto", threads: int | None = None) -> "Pipeline":
+def load(
+    bundle: str | Path = "digits",
+    *,
+    backend: str = "auto",
+    recipe: str | Path | None = None,
+    cache: str | Path | None = None,
+    threads: int | None = None,
+    cuda_graph: bool = True,
+) -> "Pipeline":
     """Check a bundle (a folder, or an embedded one's name) and make it ready to generate.
 
-    `threads` bounds the cores that engines use. Raises BundleError, BackendError or UsageError.
+    `recipe` is the TOML file that engines are built by, `cache` the folder they are kept in; `threads` bounds
+    the cores that engines use, `cuda_graph=False` captures nothing. Raises BundleError, BackendError,
+    RecipeError or UsageError.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     if threads is not None:
         check_whole_number("threads", threads, 1, os.cpu_count())  # more would only fight over the cores
-    from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend  # heavy: not for `import specdec_rt`
-
-    return Pipeline(load_bundle(bundle), OnnxRuntimeBackend(threads))
+    checked = load_bundle(bundle)
+    return Pipeline(
+        checked,
+        open_backend(
+            checked,
+            backend,
+            recipe=None if recipe is None else read_recipe(Path(recipe)),
+            cache=None if cache is None else EngineCache(Path(cache)),
+            threads=threads,
+            cuda_graph=cuda_graph,
+        ),
+    )
 
 
 class Pipeline:
@@ -90,6 +110,8 @@ class Pipeline:
         self._engines: dict[str, Engine] = {}
         self._compiled = lru_cache(maxsize=KEPT_CHAINS)(compile_chain)
         self._head = lru_cache(maxsize=KEPT_CHAINS)(self._make_head)
+        self._backbone = lru_cache(maxsize=KEPT_CHAINS)(self._make_backbone)
+        self._steps = lru_cache(maxsize=KEPT_CHAINS)(self._make_steps)
         self._turn = threading.RLock()
 
     def generate(
@@ -118,8 +140,9 @@ class Pipeline:
         keys = np.arange(len(labels)) if indices is None else self._whole_numbers("indices", indices, 2**63 - 1)
         if len(keys) != len(labels):
             raise UsageError(f"{len(keys)} indices were given for {len(labels)} labels; expected one for each")
-        size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-        check_whole_number("batch_size", size, 1)
+        most = self.backend.limits.batch_size
+        size = min(DEFAULT_BATCH_SIZE, most or DEFAULT_BATCH_SIZE) if batch_size is None else batch_size
+        check_whole_number("batch_size", size, 1, most)
         noise = NoiseSource(seed)
         tokens_each = self.bundle.manifest.tokens
         counters = Counters()
@@ -133,18 +156,19 @@ class Pipeline:
 
         with self._turn:
             # Engines that are still missing are made before the clock runs, and before work that they might waste.
-            first = self.session(labels[:1], options)
+            session = self.session(options)
             if self.bundle.manifest.decoder is not None:
                 self._graph_engine(self.bundle.manifest.decoder.graph)
             started = time.perf_counter()
             parts = [
-                Decoder(self.session(labels[i : i + size], options), noise, keys[i : i + size], counters, tell).run()
+                Decoder(session, noise, labels[i : i + size], keys[i : i + size], counters, tell).run()
                 for i in range(0, len(labels), size)
             ]
             tokens: FloatArray = np.concatenate(parts)
             images = self.draw(tokens)
             seconds = time.perf_counter() - started
-        stats = Stats.of(counters, mode=first.plan.mode, backend=self.backend.name, images=len(labels), seconds=seconds)
+        mode = session.plan.mode
+        stats = Stats.of(counters, mode=mode, backend=self.backend.name, images=len(labels), seconds=seconds)
         return Result(images, tokens, labels, stats)
 
     def draw(self, tokens: FloatArray) -> Array | None:
@@ -155,16 +179,19 @@ class Pipeline:
         if manifest.decoder is None:
             return to_bytes(lay_patches(tokens, manifest.image, manifest.family))
         with self._turn:
-            return to_bytes(decode_pixels(tokens, manifest.image, self._graph_engine(manifest.decoder.graph)))
+            decoder = self._graph_engine(manifest.decoder.graph)
+            return to_bytes(decode_pixels(tokens, manifest.image, self.backend.device, decoder))
 
-    def session(self, labels: IntArray, options: DecodeOptions) -> Session:
-        """The models that a batch of `labels [B]` needs, their caches empty. Raises as `generate` does."""
+    def session(self, options: DecodeOptions) -> Session:
+        """The models that a request needs, and how they decode. Raises as `generate` does.
+
+        Sessions share models and buffers: one batch at a time.
+        """
         chain = self._chain(options)
         plan = self._plan(options, chain)
+        evaluate = None if plan.evaluate is None else tuple(plan.evaluate.tolist())
         return Session(
-            plan,
-            target=None if plan.mode == "draft" else self._model(None, chain.spec, labels, plan),
-            draft=None if plan.draft is None else self._model(plan.draft, chain.spec, labels, plan),
+            plan, self._steps(plan.mode, plan.draft, chain.spec, 1 if plan.guidance == 1 else 2, plan.slots, evaluate)
         )
 
     def _plan(self, options: DecodeOptions, chain: Chain) -> Plan:
@@ -184,9 +211,16 @@ class Pipeline:
                 + (f"one of the drafts {others}" if others else "mode 'target', or export again with a draft")
                 + ("" if chain.refusal() else ", or mode 'exact'")
             )
+        most = self.backend.limits.draft_length
+        if options.draft_length is not None and most is not None and options.draft_length > most:
+            raise UsageError(
+                f"draft_length is {options.draft_length}, but the engines of backend {self.backend.name!r} are built "
+                f"for {most} at most: take a recipe with a larger draft_length"
+            )
         if self_draft and options.draft_length not in (None, 1):
             raise UsageError(f"draft_length is {options.draft_length}; draft 'self' proposes 1 AR step per round")
         schedule = self._schedule(defaults.ar_steps if options.ar_steps is None else options.ar_steps)
+        wanted = options.draft_length or min(defaults.draft_length, most or defaults.draft_length)
         if mode == "exact":
             chain.require_density_ratio()
         steps = options.draft_steps
@@ -207,7 +241,7 @@ class Pipeline:
             schedule=schedule,
             random_order=manifest.family == "mar",
             prefill=int(np.searchsorted(schedule.known, prefill * manifest.tokens)),
-            draft_length=1 if self_draft else min(options.draft_length or defaults.draft_length, schedule.steps),
+            draft_length=1 if self_draft else min(wanted, schedule.steps),
             evaluate=None if steps is None else evaluated_steps(chain.length, steps),
             draft=None if self_draft or mode == "target" else draft,
             tau=options.tau,
@@ -232,28 +266,45 @@ class Pipeline:
         spec = self.bundle.manifest.chain
         return self._compiled(replace(spec, temperature=spec.temperature * options.temperature))
 
-    def _model(self, name: str | None, spec: ChainSpec, labels: IntArray, plan: Plan) -> Model:
-        """The target (None) or a draft, its backbone fresh for a batch."""
+    def _make_steps(
+        self,
+        mode: Mode,
+        draft: str | None,
+        spec: ChainSpec,
+        branches: int,
+        slots: int,
+        evaluate: tuple[bool, ...] | None,
+    ) -> Steps:
+        return Steps(
+            self.backend.device,
+            target=None if mode == "draft" else self._model(None, spec, branches, slots),
+            draft=None if draft is None else self._model(draft, spec, branches, slots),
+            evaluate=None if evaluate is None else np.array(evaluate),
+            aligned=mode == "paper",
+        )
+
+    def _model(self, name: str | None, spec: ChainSpec, branches: int, slots: int) -> Model:
+        """The target (None) or a draft."""
         record = self.bundle.manifest.model(name)
         head = self._head(name if record.head == "own" else None, spec)
-        return Model(self._backbone(record, labels, plan), head)
+        return Model(self._backbone(name, branches, slots if record.cache else 0), head)
 
-    def _backbone(self, record: ModelRecord, labels: IntArray, plan: Plan) -> Backbone:
-        engine, null_label = self.engine(record, GraphName.BACKBONE), self.bundle.manifest.classes
-        branches = 1 if plan.guidance == 1 else 2
+    def _make_backbone(self, name: str | None, branches: int, slots: int) -> Backbone:
+        manifest, device = self.bundle.manifest, self.backend.device
+        record, null_label = manifest.model(name), manifest.classes
+        engine = self.engine(record, GraphName.BACKBONE)
+        sizes = {"tokens": manifest.tokens, "token_dim": manifest.token_dim, "branches": branches}
         if record.cache is None:
-            return MarBackbone(engine, record.z_dim, labels, null_label, branches=branches)
-        return CausalBackbone(
-            engine, record.cache, record.z_dim, labels, null_label, branches=branches, slots=plan.slots
-        )
+            return MarBackbone(device, engine, record.z_dim, null_label, **sizes)
+        return CausalBackbone(device, engine, record.cache, record.z_dim, null_label, slots=slots, **sizes)
 
     def _make_head(self, name: str | None, spec: ChainSpec) -> Head:
         record, chain = self.bundle.manifest.model(name), self._compiled(spec)
         assert record.head_width is not None  # the bundle was checked: this model has a head
-        table = np.empty((chain.length, record.head_width), np.float32)
-        embed = self.engine(record, GraphName.TIME_EMBEDDING)
-        embed.bind({"timestep": chain.timestep}, {"time_table": table})()
+        device, embed = self.backend.device, self.engine(record, GraphName.TIME_EMBEDDING)
+        table = run_once(device, embed, {"timestep": chain.timestep}, "time_table", (chain.length, record.head_width))
         return Head(
+            device,
             self.engine(record, GraphName.DENOISE_STEP),
             self.engine(record, GraphName.LOG_DENSITY),
             table,

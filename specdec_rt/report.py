@@ -13,7 +13,7 @@ from specdec_rt.decode.stats import Stats
 from specdec_rt.manifest import Binding, Manifest, Model
 from specdec_rt.schedule import Chain, compile_chain
 
-__all__ = ["bundle_record", "bundle_report", "stats_table"]
+__all__ = ["bundle_record", "bundle_report", "pairs", "size_text", "stats_table"]
 
 DISTRIBUTION: dict[Mode, str] = {
     "exact": "exactly the target's distribution",
@@ -33,8 +33,9 @@ def stats_table(stats: Stats, tokens: int) -> Table:
     for name in ("target_backbone_calls", "draft_backbone_calls", "sequential_head_calls"):
         calls = getattr(stats, name)
         rows[name.replace("_", " ")] = f"{calls:,} ({calls / tokens:.2f} per token)"
+    rows["backend"] = stats.backend
     rows["time"] = f"{stats.seconds:.2f} s ({stats.images_per_second:.2f} images per second)"
-    return _pairs(f"mode {stats.mode}: {DISTRIBUTION[stats.mode]}", rows)
+    return pairs(f"mode {stats.mode}: {DISTRIBUTION[stats.mode]}", rows)
 
 
 def bundle_record(bundle: Bundle) -> dict[str, object]:
@@ -81,11 +82,11 @@ def bundle_report(bundle: Bundle) -> RenderableType:
     }
     for mode, refusal in _modes(manifest, chain).items():
         rows[f"mode {mode}"] = f"no: {refusal}" if refusal else DISTRIBUTION[mode]
-    rows["size"] = _size(sum((bundle.folder / name).stat().st_size for name in manifest.files))
+    rows["size"] = size_text(sum((bundle.folder / name).stat().st_size for name in manifest.files))
     models = [_model_table("target", manifest.target, bundle)]
     models += [_model_table(f"draft {name}", model, bundle) for name, model in manifest.drafts.items()]
     provenance = {name: _lines(value) for name, value in manifest.provenance.items()}
-    parts = [_pairs(f"{manifest.name} ({bundle.folder})", rows), *models, _pairs("provenance", provenance)]
+    parts = [pairs(f"{manifest.name} ({bundle.folder})", rows), *models, pairs("provenance", provenance)]
     return Group(*(line for part in parts for line in (part, "")))
 
 
@@ -93,7 +94,10 @@ def _image(manifest: Manifest) -> str:
     layout = manifest.image
     if layout is None:
         return "none: it makes tokens only"
-    made = "" if manifest.decoder is None else f", by a decoder of {manifest.decoder.parameters:,} parameters"
+    made = ""
+    if manifest.decoder is not None:
+        precisions = ", ".join(("fp32", *manifest.decoder.graph.variants))
+        made = f", by a decoder of {manifest.decoder.parameters:,} parameters that computes in {precisions}"
     return f"{layout.height} x {layout.width} x {layout.channels}, patches of {layout.patch}{made}"
 
 
@@ -113,10 +117,12 @@ def _model_record(model: Model, sizes: dict[str, int]) -> dict[str, object]:
 def _model_table(name: str, model: Model, bundle: Bundle) -> Table:
     head = "its own head" if model.head == "own" else "the target's head"
     title = Text(f"{name}: {model.parameters:,} parameters, {head}", "bold")
-    table = Table("graph", "size", "inputs", "outputs", title=title, title_justify="left", show_lines=True)
+    columns = ("graph", "computes in", "size", "inputs", "outputs")
+    table = Table(*columns, title=title, title_justify="left", show_lines=True)
     for graph_name, graph in model.graphs.items():
-        size = _size(bundle.path(graph).stat().st_size)
-        table.add_row(graph_name, size, _bindings(graph.inputs), _bindings(graph.outputs))
+        size = size_text(bundle.path(graph).stat().st_size)
+        precisions = "\n".join(("fp32", *graph.variants))
+        table.add_row(graph_name, precisions, size, _bindings(graph.inputs), _bindings(graph.outputs))
     return table
 
 
@@ -132,7 +138,7 @@ def _bindings(bindings: tuple[Binding, ...]) -> Text:
     return Text("\n".join(lines))
 
 
-def _pairs(title: str, rows: dict[str, str]) -> Table:
+def pairs(title: str, rows: dict[str, str]) -> Table:
     """Names and values. All is `Text`: a bundle's words must not be read as markup."""
     table = Table(show_header=False, title=Text(title, "bold"), title_justify="left")
     for name, value in rows.items():
@@ -151,5 +157,6 @@ def _lines(value: Any, indent: str = "") -> str:  # noqa: ANN401  # whatever JSO
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _size(size_bytes: int) -> str:
+def size_text(size_bytes: int) -> str:
+    """A file's size for the eye."""
     return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.0f} kB"

@@ -8,7 +8,7 @@ import sys
 import specdec_rt
 
 LIMIT_SECONDS = 0.5
-HEAVY = ("onnx", "onnxruntime", "scipy", "torch")
+HEAVY = ("cuda", "onnx", "onnxruntime", "polygraphy", "scipy", "tensorrt", "tensorrt_rtx", "torch")
 
 # Processor time, not the clock: what the import costs, whatever else the machine is busy with.
 SCRIPT = f"""
@@ -24,6 +24,11 @@ def test_the_import_is_light():
     seconds, heavy = zip(*(json.loads(fresh_process(SCRIPT)) for _ in range(3)), strict=True)
     assert heavy == ([], [], [])
     assert statistics.median(seconds) < LIMIT_SECONDS
+
+
+def test_the_command_line_imports_no_execution_library():
+    script = f"import json, sys, specdec_rt.cli; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    assert json.loads(fresh_process(script)) == []
 
 
 def fresh_process(script):

@@ -241,6 +241,7 @@ def test_inspect(run, tmp_path):
     assert (code, err) == (0, "")
     for words in ("causal", "49 of 16 values", "28 x 28 x 1", "final_std", "draft adapter", "tokens [B,"):
         assert words in out
+    assert "computes in" in out
     assert list(tmp_path.iterdir()) == []
 
 

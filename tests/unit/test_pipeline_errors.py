@@ -23,7 +23,7 @@ def idle(pipeline, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"backend": "cuda9"}, "backend is 'cuda9'; expected one of auto, onnxruntime"),
+        ({"backend": "cuda9"}, "backend is 'cuda9'; expected one of auto, tensorrt-rtx, tensorrt, cuda, onnxruntime"),
         ({"backend": ""}, "backend is ''; expected one of auto"),
         ({"threads": 0}, "threads is 0; expected"),
         ({"threads": -2}, "threads is -2; expected"),

@@ -1,0 +1,1 @@
+"""From a bundle's ONNX graphs to engines, on the machine where they run: recipes, profiles, building, the cache."""

@@ -1,0 +1,350 @@
+"""`specdec-rt build` with the real TensorRT-RTX: engines, cache, interrupts, neighbours, trust."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnx
+import pytest
+from bundles import copy_bundle, edit_manifest, read_manifest
+from rich.console import Console
+from rich.progress import Progress
+
+from specdec_rt import build_command, cli
+from specdec_rt.backends.availability import Gpu, gpu
+from specdec_rt.build import builder
+from specdec_rt.build.builder import BuiltGraph, Workshop, build_bundle, engine_for, graph_slots
+from specdec_rt.build.cache import EngineCache, engine_key
+from specdec_rt.build.recipe import default_recipe, read_recipe
+from specdec_rt.bundle import file_sha256, load_bundle
+from specdec_rt.errors import BackendError, RecipeError
+
+RECIPE = 'backend = "tensorrt-rtx"\nbuilder_level = 0\nbatch_buckets = [1]\n'
+GRAPHS = ["target.backbone", "target.time_embedding", "target.denoise_step", "target.log_density"]
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def state(tmp_path_factory):
+    """A secret of these tests' own, and nothing that deserialises."""
+
+    class Reached(trt.Runtime):
+        def __init__(self, *_):
+            raise AssertionError("a plan was about to be deserialised")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setattr(trt, "Runtime", Reached)
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a bundle of the digits' target alone, a recipe, and a cache that `first` filled."""
+    folder = tmp_path_factory.mktemp("place")
+    lone = copy_bundle(folder / "lone")
+    surplus = [name for name in read_manifest(lone)["files"] if not name.startswith("target.")]
+    for name in surplus:
+        (lone / name).unlink()
+    edit_manifest(lone, "files", value={n: h for n, h in read_manifest(lone)["files"].items() if n not in surplus})
+    edit_manifest(lone, "drafts", value={})
+    edit_manifest(lone, "defaults", "draft", value="self")
+    edit_manifest(lone, "name", value="lone")
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(place):
+    """What the first build of the bundle says."""
+    return build_in_process(place)
+
+
+def build_in_process(place, *arguments):
+    """Runs a build with the cache beside the bundle, in a process of its own."""
+    script = "import specdec_rt.cli as cli; cli.main()"
+    options = ("build", "lone", "--recipe", "recipe.toml", "--cache", "cache", *arguments)
+    return subprocess.run(
+        [sys.executable, "-c", script, *options], cwd=place, capture_output=True, text=True, check=True
+    )
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    """Runs a command line beside the bundle; returns exit code, stdout, stderr."""
+    monkeypatch.chdir(place)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["specdec-rt", "build", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = capsys.readouterr()
+        return caught.value.code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def cache(place, first, tmp_path):  # noqa: ARG001  # it fills the cache
+    """A copy of the cache with all engines of the bundle."""
+    return EngineCache(Path(shutil.copytree(place / "cache", tmp_path / "cache")))
+
+
+@pytest.fixture
+def workshop(place, cache):
+    return Workshop.open(load_bundle(place / "lone"), read_recipe(place / "recipe.toml"), cache)
+
+
+def slot(bundle, label):
+    return next(slot for slot in graph_slots(bundle.manifest) if slot.label == label)
+
+
+def plans(folder):
+    return sorted(path.stem for path in folder.glob("*.plan"))
+
+
+def key(workshop, label="target.time_embedding"):
+    return engine_key(workshop.key_fields(slot(workshop.bundle, label)))
+
+
+# --- building and finding again ----------------------------------------------------------------------
+
+
+def test_every_graph_is_built_and_then_found(first, place):
+    assert [line.split(":")[0] for line in first.stderr.splitlines()] == GRAPHS
+    for words in ("lone: engines in", "fp32", "target.denoise_step", " built ", "MB"):
+        assert words in first.stdout
+    before = os.times()
+    second = build_in_process(place, "--json")
+    after = os.times()  # the processor's time of the whole process: the clock's depends on who else is at work
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2
+    assert (second.stderr, second.stdout.count("\n")) == ("", 1)
+    record = json.loads(second.stdout)
+    assert (record["bundle"], record["cache"], record["cleared"]) == ("lone", "cache", 0)
+    assert [graph["graph"] for graph in record["graphs"]] == GRAPHS
+    assert all(graph["cached"] for graph in record["graphs"])
+    assert plans(place / "cache") == sorted(graph["key"] for graph in record["graphs"])
+
+
+def test_a_record_tells_what_was_built(cache):
+    found = {entry.record.graph: entry.record for entry in cache.entries()}
+    assert sorted(found) == sorted(GRAPHS)
+    record = found["target.denoise_step"]
+    assert (record.bundle, record.precision, record.backend) == ("lone", "fp32", "tensorrt-rtx")
+    assert record.library == trt.__version__
+    assert [binding.name for binding in record.outputs] == ["next_state", "mean"]
+    assert record.profiles["state"].max[1] == 16
+    assert record.build_seconds > 0
+
+
+def test_clear(run, cache):
+    code, out, err = run("--clear", "--cache", cache.folder)
+    assert (code, out, err) == (0, "", f"removed 4 engines from {cache.folder}\n")
+    assert plans(cache.folder) == []
+
+
+# --- what a key depends on ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        (RECIPE + "# a comment\n", False),
+        (RECIPE.replace("level = 0", "level = 1"), True),
+        (RECIPE.replace("[1]", "[1, 2]"), True),
+        (RECIPE + "draft_length = 3\n", True),
+        (RECIPE + "cuda_graphs = false\n", True),
+        (RECIPE + 'compute_capabilities = ["8.9"]\n', True),
+        (RECIPE + "workspace_mib = 64\n", True),
+        (RECIPE + "[profiles.denoise_step]\nstep = { min = [1], opt = [1], max = [2] }\n", False),
+        (RECIPE + "[profiles.time_embedding]\ntimestep = { min = [23], opt = [23], max = [23] }\n", True),
+    ],
+)
+def test_any_change_of_the_recipe_misses(workshop, tmp_path, text, changed):
+    (tmp_path / "other.toml").write_text(text)
+    other = dataclasses.replace(workshop, recipe=read_recipe(tmp_path / "other.toml"))
+    assert (key(other) != key(workshop)) == changed
+
+
+def test_another_library_misses(workshop):
+    other = dataclasses.replace(workshop.flavour, version="9.9")
+    assert key(dataclasses.replace(workshop, flavour=other)) != key(workshop)
+
+
+def test_gpus_and_drivers_are_told_apart(workshop):
+    gpus = [Gpu("A", "8.9", 1, "580"), Gpu("B", "8.9", 1, "580"), Gpu("A", "9.0", 1, "580"), Gpu("A", "8.9", 1, "590")]
+    assert len({key(dataclasses.replace(workshop, gpu=one)) for one in [None, *gpus]}) == 5
+
+
+def test_a_changed_graph_is_built_and_the_others_are_found(run, place, cache, tmp_path):
+    folder = Path(shutil.copytree(place / "lone", tmp_path / "lone"))
+    name = "target.time_embedding.onnx"
+    model = onnx.load(folder / name, load_external_data=False)
+    model.doc_string = "changed"
+    onnx.save(model, folder / name)
+    files = read_manifest(folder)["files"]
+    edit_manifest(folder, "files", value={**files, name: file_sha256(folder / name)})
+    _, out, _ = run(folder, "--recipe", "recipe.toml", "--cache", cache.folder, "--json")
+    built = {graph["graph"]: not graph["cached"] for graph in json.loads(out)["graphs"]}
+    assert built == {graph: graph == "target.time_embedding" for graph in GRAPHS}
+
+
+def test_changed_weights_miss(workshop):
+    bundle = workshop.bundle
+    files = {**bundle.manifest.files, "target.safetensors": "0" * 64}
+    other = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"files": files}))
+    for label in GRAPHS:
+        assert key(dataclasses.replace(workshop, bundle=other), label) != key(workshop, label)
+
+
+def test_a_new_driver_is_told_of(workshop, caplog):
+    here = slot(workshop.bundle, "target.time_embedding")
+    old, new = (dataclasses.replace(workshop, gpu=Gpu("A", "8.9", 1, driver)) for driver in ("580", "590"))
+    old.engine(here)
+    assert "the engine in the cache is for gpu none, here A (compute capability 8.9), driver none" in caplog.text
+    assert not new.engine(here)[1].cached
+    assert "the engine in the cache is for driver 580, here 590; it is built anew" in caplog.text
+    assert old.engine(here)[1].cached
+    assert workshop.engine(here)[1].cached
+
+
+# --- trust -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["tampered", "truncated", "altered record", "no record", "another machine's"])
+def test_what_this_machine_did_not_build_is_built_anew(workshop, cache, caplog, monkeypatch, tmp_path, damage):
+    """`Runtime` raises in all these tests: nothing is deserialised on the way."""
+    plan = cache.folder / f"{key(workshop)}.plan"
+    record = plan.with_suffix(".json")
+    content = bytearray(plan.read_bytes())
+    if damage == "tampered":
+        content[len(content) // 2] ^= 1
+        plan.write_bytes(content)
+    elif damage == "truncated":
+        plan.write_bytes(content[:-100])
+    elif damage == "altered record":
+        record.write_text(record.read_text().replace('"precision": "fp32"', '"precision": "bf16"', 1))
+    elif damage == "no record":
+        record.unlink()
+    else:
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
+        cache = EngineCache(cache.folder)
+    refused = plan.read_bytes() if damage in ("tampered", "truncated") else None
+    given = engine_for(workshop.bundle, slot(workshop.bundle, "target.time_embedding"), workshop.recipe, cache)
+    assert given != refused
+    assert f"the engine {plan} is not used" in caplog.text
+    assert given == plan.read_bytes() == cache.read(plan.stem)
+    assert json.loads(record.read_text())["record"]["plan_sha256"] == hashlib.sha256(given).hexdigest()
+
+
+# --- interrupts and neighbours -----------------------------------------------------------------------
+
+SCRIPT = (
+    "import signal, sys, specdec_rt.cli as cli, specdec_rt.build_command as command\n"
+    # As on a terminal, also where the tests run in the background of a shell, which ignores interrupts there.
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "command._Lines.building = lambda self, graph: print(graph, flush=True)\n"
+    "sys.argv = ['specdec-rt', 'build', 'lone', '--recipe', 'recipe.toml', '--cache', sys.argv[1]]\n"
+    "cli.main()\n"
+)
+
+
+def start(place, folder):
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_an_interrupt_leaves_nothing_partial_and_no_lock(run, place, tmp_path):
+    folder = tmp_path / "new"
+    with start(place, folder) as process:
+        assert process.stdout.readline() == "target.backbone\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert [path.name for path in folder.iterdir() if not path.name.endswith(".lock")] == []
+    with EngineCache(folder).building(lambda: pytest.fail("a lock was left")):
+        pass
+    assert run("lone", "--recipe", "recipe.toml", "--cache", folder)[0] == 0
+    assert len(plans(folder)) == 4
+
+
+def test_two_builds_at_once_leave_one_intact_engine_of_each_graph(place, tmp_path):
+    folder = tmp_path / "new"
+    processes = [start(place, folder), start(place, folder)]
+    said = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum(err.count(": built in") for _, err in said) == 4
+    assert any("another process is building into the cache" in err for _, err in said)
+    cache = EngineCache(folder)
+    assert sorted(entry.record.graph for entry in cache.entries()) == sorted(GRAPHS)
+    assert all(cache.read(name) is not None for name in plans(folder))
+    assert len(list(folder.iterdir())) == 4 * 2 + 2
+
+
+# --- refusals ----------------------------------------------------------------------------------------
+
+
+def test_no_recipe(run):
+    code, out, err = run("lone")
+    assert (code, out) == (2, "")
+    assert "error: no recipe was given; expected --recipe FILE.toml" in err
+
+
+def test_a_recipe_that_builds_nothing(run, tmp_path):
+    (tmp_path / "cpu.toml").write_text('backend = "onnxruntime"\n')
+    code, _, err = run("lone", "--recipe", tmp_path / "cpu.toml", "--cache", tmp_path / "cache")
+    assert code == 2
+    assert "is for backend 'onnxruntime', which runs the bundle's graphs as they are: there is nothing to build" in err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_recipe_that_does_not_fit_builds_nothing(workshop, tmp_path):
+    text = RECIPE + "[profiles.log_density]\nguidance = { min = [1], opt = [1], max = [1] }\n"
+    (tmp_path / "wrong.toml").write_text(text)
+    with pytest.raises(RecipeError, match=r"wrong\.toml:5: profiles\.log_density\.guidance has 1 sizes"):
+        build_bundle(workshop.bundle, read_recipe(tmp_path / "wrong.toml"), EngineCache(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(gpu() is not None, reason="for machines without a GPU")
+def test_tensorrt_builds_only_where_there_is_a_gpu(workshop, monkeypatch):
+    """`tensorrt` itself cannot be installed without a GPU to use it on: TensorRT-RTX stands in, without its gift."""
+    capabilities = dataclasses.replace(workshop.flavour.capabilities, compute_capabilities=())
+    monkeypatch.setattr(builder, "probe", lambda _: dataclasses.replace(workshop.flavour, capabilities=capabilities))
+    with pytest.raises(BackendError, match="driver"):
+        Workshop.open(workshop.bundle, default_recipe("tensorrt"), workshop.cache)
+
+
+# --- on a terminal -----------------------------------------------------------------------------------
+
+
+def test_bars_name_the_graph_and_its_phase():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    with Progress(*build_command.COLUMNS, console=console, auto_refresh=False) as progress:
+        bars = build_command._Bars(progress, 2)
+        bars.waiting("target.backbone")
+        progress.refresh()
+        bars.building("target.backbone")
+        assert bars.step("Optimizing graph", 3, 30)
+        progress.refresh()
+        bars.finished(BuiltGraph("target.backbone", "fp16", False, 1.0, 100, "key"))
+    shown = screen.getvalue()
+    assert "target.backbone (waiting for another process)" in shown
+    assert "target.backbone: Optimizing graph" in shown

@@ -1,0 +1,77 @@
+"""From what a user asks for to a backend: what is refused, and what `auto` takes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import specdec_rt
+from specdec_rt import BackendError, Pipeline, UsageError
+from specdec_rt.backends.availability import Availability, gpu
+from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
+from specdec_rt.build import select
+from specdec_rt.build.recipe import default_recipe
+from specdec_rt.bundle import load_bundle
+from specdec_rt.engine import Limits
+
+RECIPES = Path(__file__).parents[2] / "engines/recipes"
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return load_bundle("digits")
+
+
+@pytest.mark.skipif(gpu() is not None, reason="there is a GPU here")
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx", "cuda"])
+def test_without_a_driver_a_gpus_backend_says_so(backend):
+    with pytest.raises(BackendError, match=rf"backend {backend} cannot run here: (no NVIDIA driver|cuda-bindings)"):
+        specdec_rt.load(backend=backend)
+
+
+def test_auto_takes_the_best_that_works(bundle, monkeypatch):
+    monkeypatch.setattr(select, "pick_auto", lambda: Availability("onnxruntime", True, "runs on the CPU", "1"))
+    assert select.open_backend(bundle).name == "onnxruntime"
+
+
+def test_a_recipe_names_its_backend(bundle):
+    assert specdec_rt.load(recipe=RECIPES / "cpu.toml").backend.name == "onnxruntime"
+    with pytest.raises(UsageError, match=r"backend is 'cuda', but the recipe .* is for 'onnxruntime'; leave one out"):
+        select.open_backend(bundle, "cuda", recipe=default_recipe("onnxruntime"))
+
+
+def test_threads_are_the_cpus(bundle, monkeypatch):
+    monkeypatch.setattr(select, "check", lambda backend: Availability(backend, True, "", "1"))
+    with pytest.raises(UsageError, match="threads is 2, but backend 'cuda' does not run on the CPU"):
+        select.open_backend(bundle, "cuda", threads=2)
+
+
+def test_a_recipes_precision_chooses_the_file(bundle, tmp_path):
+    recipe = tmp_path / "half.toml"
+    recipe.write_text('backend = "onnxruntime"\n[precision]\ndefault = "fp16"\nbackbone = "fp32"\n')
+    backend = specdec_rt.load(recipe=recipe).backend
+    graphs = bundle.manifest.target.graphs
+    assert backend.file_of(bundle.path(graphs["backbone"])).name == "target.backbone.onnx"
+    assert backend.file_of(bundle.path(graphs["denoise_step"])).name == "target.denoise_step.fp16.onnx"
+
+
+def test_half_precision_draws_nearly_the_same(tmp_path):
+    recipe = tmp_path / "half.toml"
+    recipe.write_text('backend = "onnxruntime"\n[precision]\ndefault = "fp16"\n')
+    half, single = (
+        specdec_rt.load(recipe=of).generate([3], mode="target", guidance=1.0).tokens for of in (recipe, None)
+    )
+    assert np.abs(half - single).max() > 0
+    assert np.abs(half - single).mean() < 0.02
+
+
+def test_engines_built_for_less_are_not_asked_for_more(bundle):
+    backend = OnnxRuntimeBackend(limits=Limits(batch_size=2, draft_length=3))
+    pipeline = Pipeline(bundle, backend)
+    assert pipeline.session(specdec_rt.DecodeOptions()).plan.draft_length == 3  # the bundle's default is 4
+    with pytest.raises(
+        UsageError, match=r"draft_length is 5, but the engines .* are built for 3 at most: take a recipe"
+    ):
+        pipeline.generate([1], draft_length=5)
+    with pytest.raises(UsageError, match="batch_size is 3; expected a whole number from 1 to 2"):
+        pipeline.generate([1], batch_size=3)
