@@ -1,5 +1,6 @@
 """ONNX Runtime on the CPU: IO binding over NumPy buffers, nothing copied."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ Declared = Mapping[str, onnxruntime.NodeArg]
 
 @dataclass(frozen=True)
 class OnnxRuntimeBackend:
-    """Makes engines that run on `threads` cores (None: as many as ONNX Runtime finds).
+    """Makes engines that run on `threads` cores (None: all that this process may use).
 
     `file_of` gives the file to load for a bundle's ONNX file (its precision).
     """
@@ -40,7 +41,7 @@ class OnnxRuntimeBackend:
         """Make an engine of the ONNX file at `path`. Raises BackendError where ONNX Runtime cannot."""
         path = self.file_of(path)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads or 0
+        options.intra_op_num_threads = self.threads or _allowed_cores()
         options.log_severity_level = 3  # what it warns of is no news to a user of the bundle
         # Every engine has threads of its own, and decoding alternates between engines: threads that went on
         # spinning after their call would fight over the cores with those of the next.
@@ -91,6 +92,14 @@ class _OnnxRuntimeCall:
             self.session.run_with_iobinding(self.binding)
         except Exception as error:  # ONNX Runtime raises a family of unrelated types
             raise BackendError(f"ONNX Runtime failed while it ran {self.path}: {error}") from error
+
+
+def _allowed_cores() -> int:
+    """How many cores this process is bound to; 0, ONNX Runtime's own choice, where it may use all."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
 def declared_values(session: onnxruntime.InferenceSession) -> tuple[Declared, Declared]:

@@ -58,5 +58,5 @@ def test_what_it_asks_for(wheel):
     metadata = archive.read(f"{info}/METADATA").decode().split("\n\n")[0].splitlines()
     required = [line.removeprefix("Requires-Dist: ") for line in metadata if line.startswith("Requires-Dist: ")]
     plain = {line.split(">")[0] for line in required if "extra ==" not in line}
-    assert plain == {"numpy", "onnxruntime", "pillow", "pydantic", "rich", "typer"}
+    assert plain == {"filelock", "numpy", "onnxruntime", "pillow", "platformdirs", "pydantic", "rich", "typer"}
     assert "specdec-rt = specdec_rt.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
