@@ -22,12 +22,12 @@ class Engine(Protocol):
     """names, as the graph itself declares them"""
     outputs: frozenset[str]
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
-        """Fix the buffers of a call, once, so that running it moves nothing and allocates nothing.
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:
+        """Fix the buffers of a call, so that running it moves nothing and allocates nothing.
 
         Every input and output of the graph is named; arrays are the device's (or contiguous parts of them)
-        and have the binding's dtype. One array may be an input and an output. Raises BackendError where a
-        buffer does not fit.
+        and have the binding's dtype. One array may be an input and an output. A call that will run but `once`
+        is never captured. Raises BackendError where a buffer does not fit.
         """
         ...
 
@@ -39,6 +39,15 @@ class Device(Protocol):
     memory; what moves between them is said by `upload` and `download`, and all work is queued on one stream:
     a call returns before its work is done, `wait` after it.
     """
+
+    @property
+    def kept_shapes(self) -> int:
+        """For how many shapes of a step buffers and recordings are kept."""
+        ...
+
+    def activate(self) -> None:
+        """Make the device this thread's; other methods need that first in every thread."""
+        ...
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic], *, staged: bool = True) -> Array:
         """An array of zeros, and its twin. One that is not `staged` has no host side: it only names its twin."""
@@ -125,7 +134,7 @@ def run_once(device: Device, engine: Engine, inputs: Mapping[str, Array], output
         staged[name][...] = array
     result = device.zeros(shape, np.float32)
     device.upload(*staged.values())()
-    engine.bind(staged, {output: result})()
+    engine.bind(staged, {output: result}, once=True)()
     device.download(result)()
     device.wait()
     return result

@@ -155,6 +155,7 @@ class Pipeline:
                 progress(done, len(labels) * tokens_each)
 
         with self._turn:
+            self.backend.device.activate()
             # Engines that are still missing are made before the clock runs, and before work that they might waste.
             session = self.session(options)
             if self.bundle.manifest.decoder is not None:
@@ -179,6 +180,7 @@ class Pipeline:
         if manifest.decoder is None:
             return to_bytes(lay_patches(tokens, manifest.image, manifest.family))
         with self._turn:
+            self.backend.device.activate()
             decoder = self._graph_engine(manifest.decoder.graph)
             return to_bytes(decode_pixels(tokens, manifest.image, self.backend.device, decoder))
 

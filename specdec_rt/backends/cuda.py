@@ -19,6 +19,7 @@ THREADS = 256
 MOST_AXES = 4
 """of a copy between views, as the kernel is written"""
 MOST_TERMS = 4
+KEPT_SHAPES = 1024
 SCRATCH_BYTES = 2**26
 """at least; a larger one is made where an engine needs it"""
 
@@ -36,14 +37,21 @@ class CudaDevice:
 
         self._core, self._driver = core, driver
         self._device = core.Device(ordinal)
-        self._device.set_current()
+        self.activate()
         self.stream = self._device.create_stream()
         self.graphs = graphs
+        self.kept_shapes = KEPT_SHAPES  # padded sizes are few, and a captured step is dear to make
         self._buckets = tuple(batch_buckets)
         self._pinned = core.LegacyPinnedMemoryResource()
         self._twins = Twins()
+        self._dropped: list[Any] = []
+        """buffers that nobody holds any more, to be given back when no work is outstanding"""
         self._scratch: list[Any] = []
         self._kernels = compile_kernels(core, self._device.arch)
+
+    def activate(self) -> None:
+        """As in `engine.Device`."""
+        self._device.set_current()
 
     # --- memory ---------------------------------------------------------------------------------------
 
@@ -59,13 +67,10 @@ class CudaDevice:
             array = np.ndarray(shape, dtype, buffer=memoryview((ctypes.c_char * size).from_address(int(pinned.handle))))
             array[...] = 0
 
-        def release() -> None:
-            memory.close(self.stream)  # after the work that is queued on it
-            if pinned is not None:
-                self.stream.sync()
-                pinned.close()
-
-        self._twins.add(array, int(memory.handle), release)
+        # The collector may drop an array at any time, in the midst of a capture too.
+        dropped = self._dropped
+        buffers = [memory] if pinned is None else [memory, pinned]
+        self._twins.add(array, int(memory.handle), lambda: dropped.extend(buffers))
         return array
 
     def scratch(self, size: int) -> int:
@@ -161,6 +166,8 @@ class CudaDevice:
             self.stream.sync()
         except Exception as error:  # the driver's errors have a type of their own
             raise BackendError(f"the GPU failed while it worked: {error}; start the process anew") from error
+        while self._dropped:
+            self._dropped.pop().close()
 
     def lanes(self, images: int) -> int:
         """The smallest bucket that holds so many; itself beyond the largest."""

@@ -17,7 +17,12 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class HostDevice:
-    """As in `engine.Device`; shapes are never padded."""
+    """As in `engine.Device`; shapes are never padded, and so there are many of them."""
+
+    kept_shapes: int = 32
+
+    def activate(self) -> None:
+        """Nothing: host memory is every thread's."""
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic], *, staged: bool = True) -> Array:  # noqa: ARG002
         """An array of zeros."""

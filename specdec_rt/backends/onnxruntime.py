@@ -62,7 +62,7 @@ class OnnxRuntimeEngine:
         self._inputs, self._outputs = declared_values(session)
         self.inputs, self.outputs = frozenset(self._inputs), frozenset(self._outputs)
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002  # the protocol's
         """Fix the buffers of a call. Raises BackendError where one does not fit its binding."""
         check_buffers(self._path, "inputs", self._inputs, inputs)
         check_buffers(self._path, "outputs", self._outputs, outputs)

@@ -72,7 +72,7 @@ class OnnxRuntimeCudaEngine:
         self.inputs, self.outputs = frozenset(self._inputs), frozenset(self._outputs)
         self._graph_ids = itertools.count(1)
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:
         """As in `engine.Engine`."""
         check_buffers(self._path, "inputs", self._inputs, inputs)
         check_buffers(self._path, "outputs", self._outputs, outputs)
@@ -84,16 +84,17 @@ class OnnxRuntimeCudaEngine:
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the stream keeps the order
         if self._graphs:
-            # Buffers are part of what is captured: every bound call has a graph of its own.
-            options.add_run_config_entry("gpu_graph_id", str(next(self._graph_ids)))
+            # Buffers are part of what is captured: every bound call has a graph of its own, -1 none.
+            options.add_run_config_entry("gpu_graph_id", "-1" if once else str(next(self._graph_ids)))
         kept = (*inputs.values(), *outputs.values())
-        path, session = self._path, self._session
+        path, session, captured = self._path, self._session, self._graphs and not once
 
         def call() -> None:
             assert kept is not None  # buffers live as long as what is bound to them
             try:
                 session.run_with_iobinding(binding, options)
             except Exception as error:  # as above
-                raise BackendError(f"ONNX Runtime failed while it ran {path} on CUDA: {error}") from error
+                mend = "; run without graphs (--no-cuda-graph)" if captured else ""
+                raise BackendError(f"ONNX Runtime failed while it ran {path} on CUDA: {error}{mend}") from error
 
         return call

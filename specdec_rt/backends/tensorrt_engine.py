@@ -51,7 +51,7 @@ class TensorRtEngine:
         self.outputs = frozenset(names) - self.inputs
         self._contexts: dict[Sizes, Any] = {}
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002  # the protocol's
         """As in `engine.Engine`; sizes must lie in the engine's profile."""
         for kind, declared, given in (("inputs", self.inputs, inputs), ("outputs", self.outputs, outputs)):
             if declared != given.keys():

@@ -13,8 +13,6 @@ from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
 
 __all__ = ["ChainBuffers", "DensityPart", "Head", "Trajectory", "require_finite"]
 
-KEPT_SHAPES = 32
-"""Batch shapes whose buffers are kept for the next call."""
 STATES_PER_CALL = 2**14
 """States (a path's, in every guidance branch) verified at a time: activations take some 70 bytes × width each."""
 
@@ -107,9 +105,9 @@ class Head:
             device.upload(self._tables[name])()
         device.wait()
         # A batch shrinks as its images finish: many shapes come by, the last used come again.
-        self.buffers = lru_cache(maxsize=KEPT_SHAPES)(self._make_buffers)
+        self.buffers = lru_cache(maxsize=device.kept_shapes)(self._make_buffers)
         """`(branches, rows)` → the buffers of so many chains"""
-        self._means = lru_cache(maxsize=KEPT_SHAPES)(self._make_means)
+        self._means = lru_cache(maxsize=device.kept_shapes)(self._make_means)
 
     # --- parts of a step, recorded with others ------------------------------------------------------
 

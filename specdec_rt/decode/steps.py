@@ -19,9 +19,6 @@ from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
 
 __all__ = ["Steps"]
 
-KEPT_STEPS = 64
-"""Shapes whose recorded steps are kept."""
-
 
 @dataclass(frozen=True)
 class _Rows:
@@ -142,11 +139,12 @@ class Steps:
         self._evaluate = evaluate
         self._aligned = aligned
         self._asked: tuple[Ask, IntArray] | None = None
-        self._single = lru_cache(maxsize=KEPT_STEPS)(self._make_single)
-        self._catching_up = lru_cache(maxsize=KEPT_STEPS)(self._make_catch_up)
-        self._drafting = lru_cache(maxsize=KEPT_STEPS)(self._make_draft)
-        self._verifying = lru_cache(maxsize=KEPT_STEPS)(self._make_verify)
-        self._completing = lru_cache(maxsize=KEPT_STEPS)(self._make_complete)
+        kept = lru_cache(maxsize=device.kept_shapes)
+        self._single = kept(self._make_single)
+        self._catching_up = kept(self._make_catch_up)
+        self._drafting = kept(self._make_draft)
+        self._verifying = kept(self._make_verify)
+        self._completing = kept(self._make_complete)
 
     @property
     def models(self) -> list[Model]:

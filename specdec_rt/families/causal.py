@@ -13,9 +13,6 @@ from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["CausalBackbone"]
 
-KEPT_CALLS = 64
-"""Shapes whose buffers are kept for the next call."""
-
 
 class CausalBackbone(Backbone):
     """A backbone with the caches of the images of one batch, `slots` places each.
@@ -43,7 +40,7 @@ class CausalBackbone(Backbone):
         self._caches: dict[str, Array] = {}
         self._moved: tuple[Array, Array]
         """where cache rows come from when some are left out, and one cache's, on their way"""
-        self._ask = lru_cache(maxsize=KEPT_CALLS)(self._make_ask)
+        self._ask = lru_cache(maxsize=device.kept_shapes)(self._make_ask)
 
     def begin(self, labels: IntArray) -> None:
         """As in `Backbone`; what is left in the caches is never read: slots after a query's own are masked."""

@@ -12,9 +12,6 @@ from specdec_rt.types import Array, IntArray
 
 __all__ = ["MarBackbone"]
 
-KEPT_CALLS = 32
-"""Shapes whose buffers are kept for the next call."""
-
 
 @dataclass(frozen=True)
 class _Inputs:
@@ -48,7 +45,7 @@ class MarBackbone(Backbone):
     ) -> None:
         super().__init__(device, engine, z_dim, null_label, branches=branches)
         self._tokens, self._token_dim = tokens, token_dim
-        self._ask = lru_cache(maxsize=KEPT_CALLS)(self._make_ask)
+        self._ask = lru_cache(maxsize=device.kept_shapes)(self._make_ask)
 
     def ask(self, span: Span, slot: int = 0) -> tuple[Ask, IntArray]:
         """As in `Backbone`."""

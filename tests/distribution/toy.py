@@ -54,7 +54,7 @@ class StepEngine:
 
     net: RandomNet
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002
         def call() -> None:
             step = inputs["step"]
             of_state, of_epsilon, std, _ = inputs["coefficients"][step][..., None].swapaxes(0, 1)
@@ -71,7 +71,7 @@ class DensityEngine:
 
     net: RandomNet
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002
         def call() -> None:
             state = inputs["path"][:, :-1]
             epsilon = self.net(state, inputs["time_table"][:, 0])

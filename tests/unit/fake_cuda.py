@@ -163,7 +163,7 @@ class FakeEngine:
         self.device, self.engine = device, engine
         self.inputs, self.outputs = engine.inputs, engine.outputs
 
-    def bind(self, inputs, outputs):
+    def bind(self, inputs, outputs, *, once=False):  # noqa: ARG002  # the protocol's
         twins = {}
         for array in (*inputs.values(), *outputs.values()):
             raw = (ctypes.c_char * max(array.nbytes, 1)).from_address(self.device.address(array))
