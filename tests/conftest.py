@@ -3,7 +3,7 @@
 import os
 
 
-def pytest_configure(config):
+def pytest_configure():
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

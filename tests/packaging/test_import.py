@@ -1,9 +1,12 @@
 """What `import specdec_rt` costs, drags in and offers."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
+
+import pytest
 
 import specdec_rt
 
@@ -31,8 +34,18 @@ def test_the_command_line_imports_no_execution_library():
     assert json.loads(fresh_process(script)) == []
 
 
-def fresh_process(script):
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows collects such events by itself")
+def test_onnx_runtime_reports_nothing(tmp_path):
+    """Left alone, it makes an identifier of the device and queues events to be sent as soon as a session starts."""
+    script = "import specdec_rt; specdec_rt.load().generate([3], mode='draft')"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    fresh_process(script, {**environment, "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def fresh_process(script, environment=None):
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 def test_exported_names():

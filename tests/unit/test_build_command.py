@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -18,7 +19,7 @@ from bundles import copy_bundle, edit_manifest, read_manifest
 from rich.console import Console
 from rich.progress import Progress
 
-from specdec_rt import build_command, cli
+from specdec_rt import build_command
 from specdec_rt.backends.availability import Gpu, gpu
 from specdec_rt.build import builder
 from specdec_rt.build.builder import BuiltGraph, Workshop, build_bundle, engine_for, graph_slots
@@ -79,18 +80,10 @@ def build_in_process(place, *arguments):
 
 
 @pytest.fixture
-def run(place, monkeypatch, capsys):
-    """Runs a command line beside the bundle; returns exit code, stdout, stderr."""
+def run(place, run, monkeypatch):
+    """Runs `build` beside the bundle."""
     monkeypatch.chdir(place)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["specdec-rt", "build", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out, printed.err
-
-    return run
+    return partial(run, "build")
 
 
 @pytest.fixture

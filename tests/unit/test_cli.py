@@ -35,21 +35,6 @@ QUICK = ("--labels", "3", "--mode", "draft")
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs a command line in `tmp_path`; returns exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["specdec-rt", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture
 def refused(run, tmp_path):
     """Runs a command line that must be refused; returns the message, having seen that no file appeared."""
 
