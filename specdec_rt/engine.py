@@ -21,13 +21,15 @@ class Engine(Protocol):
     inputs: frozenset[str]
     """names, as the graph itself declares them"""
     outputs: frozenset[str]
+    in_place: bool
+    """whether one array may be an input and an output of a call"""
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:
         """Fix the buffers of a call, so that running it moves nothing and allocates nothing.
 
         Every input and output of the graph is named; arrays are the device's (or contiguous parts of them)
-        and have the binding's dtype. One array may be an input and an output. A call that will run but `once`
-        is never captured. Raises BackendError where a buffer does not fit.
+        and have the binding's dtype. A call that will run but `once` is never captured. Raises BackendError
+        where a buffer does not fit.
         """
         ...
 

@@ -250,6 +250,14 @@ def _device(backend: str) -> Driver:
     found = driver()
     if "cuda.core" not in sys.modules and find_spec("cuda.core") is None:
         raise BackendError(f"cuda-core is not installed: pip install 'specdec-rt[{backend}]'")
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        load_nvidia_dynamic_lib("nvrtc")
+    except Exception as error:  # its errors have types of their own
+        raise BackendError(
+            f"NVRTC, which compiles kernels, cannot be loaded ({error}): pip install 'specdec-rt[{backend}]'"
+        ) from error
     return found
 
 

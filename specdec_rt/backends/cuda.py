@@ -36,9 +36,12 @@ class CudaDevice:
         from cuda.bindings import driver
 
         self._core, self._driver = core, driver
-        self._device = core.Device(ordinal)
-        self.activate()
-        self.stream = self._device.create_stream()
+        try:
+            self._device = core.Device(ordinal)
+            self.activate()
+            self.stream = self._device.create_stream()
+        except Exception as error:  # the driver's errors have types of their own
+            raise BackendError(f"GPU {ordinal} cannot be used: {error}; see `specdec-rt doctor`") from error
         self.graphs = graphs
         self.kept_shapes = KEPT_SHAPES  # padded sizes are few, and a captured step is dear to make
         self._buckets = tuple(batch_buckets)
@@ -58,7 +61,7 @@ class CudaDevice:
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic], *, staged: bool = True) -> Array:
         """As in `engine.Device`."""
         size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
-        memory = self._device.allocate(size, stream=self.stream)
+        memory = self._allocate(size)
         memory.fill(0, stream=self.stream)
         pinned = self._pinned.allocate(size) if staged else None
         if pinned is None:
@@ -77,8 +80,17 @@ class CudaDevice:
         """The address of so many bytes that all engines share, one after the other."""
         if not self._scratch or self._scratch[-1].size < size:
             # Recordings may hold the smaller ones.
-            self._scratch.append(self._device.allocate(max(size, SCRATCH_BYTES), stream=self.stream))
+            self._scratch.append(self._allocate(max(size, SCRATCH_BYTES)))
         return int(self._scratch[-1].handle)
+
+    def _allocate(self, size: int) -> Any:  # noqa: ANN401  # cuda.core.Buffer
+        try:
+            return self._device.allocate(size, stream=self.stream)
+        except Exception as error:  # as above
+            raise BackendError(
+                f"the GPU cannot give {size / 1e6:.1f} MB more: {error}; take a smaller batch, or a recipe with "
+                "smaller batch_buckets or draft_length"
+            ) from error
 
     def address(self, array: Array) -> int:
         """The device address of an array's twin. Raises BackendError where it has none, or has gaps."""

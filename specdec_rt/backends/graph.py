@@ -39,11 +39,11 @@ class Recording:
             for call in self._calls:
                 call()
             graph = builder.end_building().complete()
-        except BackendError:
-            raise
         except Exception as error:  # the driver's errors have a type of their own
             raise BackendError(
                 f"a step cannot be captured as a CUDA graph: {error}; run without graphs (--no-cuda-graph)"
             ) from error
+        finally:
+            builder.close()  # ends a capture that failed half-way, too
         graph.upload(self._stream)
         return graph

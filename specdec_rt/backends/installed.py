@@ -51,7 +51,7 @@ def onnxruntime_problem(folder: Path | None = None) -> str | None:
     }
     versions = {name: f"{name} {distribution.version}" for name, distribution in found.items()}
     counts = {name: _foreign_files(distribution) for name, distribution in found.items()}
-    if len(found) > 1:
+    if len({distribution.locate_file("") for distribution in found.values()}) < len(found):
         overwritten = [f"{foreign} of {versions[name]}'s {total}" for name, (foreign, total) in counts.items()]
         return (
             f"{' and '.join(versions.values())} are both installed and overwrite each other's files "

@@ -56,6 +56,8 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeEngine:
     """One session; `bind` as in `engine.Engine`."""
 
+    in_place = True
+
     def __init__(self, path: Path, session: onnxruntime.InferenceSession) -> None:
         self._path = path
         self._session = session

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ class OnnxRuntimeCudaBackend:
 class OnnxRuntimeCudaEngine:
     """One session; as in `engine.Engine`."""
 
+    in_place = True
+
     def __init__(self, path: Path, session: onnxruntime.InferenceSession, device: CudaDevice, graphs: bool) -> None:
         self._path, self._session, self._device, self._graphs = path, session, device, graphs
         self._inputs, self._outputs = declared_values(session)
@@ -83,18 +86,21 @@ class OnnxRuntimeCudaEngine:
             binding.bind_output(name, "cuda", 0, array.dtype.type, array.shape, address(array))
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the stream keeps the order
+        # Buffers are part of what is captured: every bound call has a graph of its own, -1 none.
+        graph_id = next(self._graph_ids) if self._graphs and not once else -1
         if self._graphs:
-            # Buffers are part of what is captured: every bound call has a graph of its own, -1 none.
-            options.add_run_config_entry("gpu_graph_id", "-1" if once else str(next(self._graph_ids)))
+            options.add_run_config_entry("gpu_graph_id", str(graph_id))
         kept = (*inputs.values(), *outputs.values())
-        path, session, captured = self._path, self._session, self._graphs and not once
+        path, session = self._path, self._session
 
         def call() -> None:
             assert kept is not None  # buffers live as long as what is bound to them
             try:
                 session.run_with_iobinding(binding, options)
             except Exception as error:  # as above
-                mend = "; run without graphs (--no-cuda-graph)" if captured else ""
+                mend = "; run without graphs (--no-cuda-graph)" if graph_id > 0 else ""
                 raise BackendError(f"ONNX Runtime failed while it ran {path} on CUDA: {error}{mend}") from error
 
+        if graph_id > 0 and hasattr(session, "release_captured_graph"):
+            weakref.finalize(call, session.release_captured_graph, graph_id).atexit = False
         return call

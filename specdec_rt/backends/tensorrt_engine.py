@@ -42,6 +42,8 @@ class TensorRtBackend:
 class TensorRtEngine:
     """An `ICudaEngine`; as in `engine.Engine`."""
 
+    in_place = False  # nothing promises in which order kernels read an input and write an output
+
     def __init__(self, flavour: Flavour, device: CudaDevice, engine: Any, path: Path) -> None:  # noqa: ANN401  # ICudaEngine
         trt: Any = flavour.module
         self._flavour, self._device, self._engine, self._path = flavour, device, engine, path

@@ -28,12 +28,13 @@ class Ask:
     """`[N]` which rows"""
     z: Array
     """`[M, Z]` all conditions that the call gives"""
-    call: BoundCall
+    calls: tuple[BoundCall, ...]
+    """the engine's, and what must follow it"""
 
     def run(self, device: Device, canvas: Array) -> list[BoundCall]:
         """Gather and call; the inputs have been uploaded."""
         rows = canvas.reshape(-1, self.tokens.shape[1])
-        return [device.gather(self.tokens, rows, self.token_index), self.call]
+        return [device.gather(self.tokens, rows, self.token_index), *self.calls]
 
 
 class Backbone(ABC):

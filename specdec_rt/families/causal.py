@@ -38,6 +38,8 @@ class CausalBackbone(Backbone):
         self._row_shape = (cache.heads, slots, cache.head_dim)
         self._names = [f"{kind}_{layer}" for layer in range(cache.layers) for kind in ("key", "value")]
         self._caches: dict[str, Array] = {}
+        self._updated: dict[str, Array] = {}
+        """where a backend puts updated caches that cannot put them back in place"""
         self._moved: tuple[Array, Array]
         """where cache rows come from when some are left out, and one cache's, on their way"""
         self._ask = lru_cache(maxsize=device.kept_shapes)(self._make_ask)
@@ -50,6 +52,8 @@ class CausalBackbone(Backbone):
             self._ask.cache_clear()
             zeros, shape = self._device.zeros, (rows, *self._row_shape)
             self._caches = {name: zeros(shape, np.float32, staged=False) for name in self._names}
+            if not self._engine.in_place:
+                self._updated = {name: zeros(shape, np.float32, staged=False) for name in self._names}
             self._moved = zeros((rows,), np.int64), zeros((rows, math.prod(self._row_shape)), np.float32, staged=False)
 
     def select(self, images: IntArray) -> None:
@@ -110,14 +114,16 @@ class CausalBackbone(Backbone):
         token_index = device.zeros((rows * length,), np.int64)
         z = device.zeros((rows, length, self.z_dim), np.float32)
         caches = {name: cache[:rows] for name, cache in self._caches.items()}
-        # The updated caches land where the old ones lie: nothing is copied between calls.
-        outputs = {"z": z, **{f"{name}_out": cache for name, cache in caches.items()}}
+        # Where the backend allows it updated caches land where the old ones lie: nothing is copied between calls.
+        updated = caches if self._engine.in_place else {name: self._updated[name][:rows] for name in caches}
+        outputs = {"z": z, **{f"{name}_out": cache for name, cache in updated.items()}}
         call = self._engine.bind({"tokens": tokens, "position": position, "label": label, **caches}, outputs)
+        copies = () if updated is caches else tuple(device.copy(caches[name], updated[name]) for name in caches)
         ask = Ask(
             inputs=(position, label, token_index),
             tokens=tokens.reshape(rows * length, -1),
             token_index=token_index,
             z=z.reshape(rows * length, -1),
-            call=call,
+            calls=(call, *copies),
         )
         return ask, position, label

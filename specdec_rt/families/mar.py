@@ -90,7 +90,7 @@ class MarBackbone(Backbone):
             tokens=tokens.reshape(rows, -1),
             token_index=token_index,
             z=z.reshape(rows * queries, -1),
-            call=call,
+            calls=(call,),
         )
         branched = [array.reshape(branches, contexts, *array.shape[1:]) for array in staged]
         visible, visible_mask, label, query, token_index = branched

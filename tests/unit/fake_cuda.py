@@ -81,6 +81,9 @@ class GraphBuilder:
     def complete(self):
         return self
 
+    def close(self):
+        self.stream.captured = None
+
     def upload(self, stream):
         assert stream is self.stream
 
@@ -151,19 +154,22 @@ class FakeBackend:
     """ONNX Runtime's engines on the CPU, bound to the fake GPU's memory and queued on its stream."""
 
     device: object
+    in_place: bool = True
     limits: Limits = field(default_factory=Limits)
     name: str = "fake"
 
     def load(self, path: Path):
-        return FakeEngine(self.device, OnnxRuntimeBackend(threads=1).load(path))
+        return FakeEngine(self.device, OnnxRuntimeBackend(threads=1).load(path), self.in_place)
 
 
 class FakeEngine:
-    def __init__(self, device, engine):
-        self.device, self.engine = device, engine
+    def __init__(self, device, engine, in_place):
+        self.device, self.engine, self.in_place = device, engine, in_place
         self.inputs, self.outputs = engine.inputs, engine.outputs
 
     def bind(self, inputs, outputs, *, once=False):  # noqa: ARG002  # the protocol's
+        if not self.in_place:
+            assert not {id(array) for array in inputs.values()} & {id(array) for array in outputs.values()}
         twins = {}
         for array in (*inputs.values(), *outputs.values()):
             raw = (ctypes.c_char * max(array.nbytes, 1)).from_address(self.device.address(array))

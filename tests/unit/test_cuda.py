@@ -131,6 +131,17 @@ def test_a_step_is_captured_once_and_replayed(device):
     assert device.stream.launches == 2
 
 
+def test_a_step_that_cannot_be_captured_says_so_and_leaves_the_stream_free(device):
+    def once():
+        if device.stream.captured is not None:
+            raise RuntimeError("not while capturing")
+
+    step = device.record([once])
+    with pytest.raises(BackendError, match=r"not while capturing; run without graphs \(--no-cuda-graph\)"):
+        step()
+    device.wait()
+
+
 def test_what_is_not_the_devices_is_refused(device):
     with pytest.raises(BackendError, match="has no device memory"):
         device.upload(np.zeros(3, np.float32))

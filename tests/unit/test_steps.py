@@ -54,6 +54,12 @@ def test_images_are_the_hosts(host, gpu, name, case):
     assert np.abs(found - expected).max() <= CLOSE
 
 
+def test_caches_of_an_engine_that_updates_nothing_in_place(host, cuda):
+    pipeline = Pipeline(load_bundle("digits"), FakeBackend(cuda.device, in_place=False))
+    expected, found = (of.generate([3, 1], seed=4, draft_length=2).tokens for of in (host["digits"], pipeline))
+    assert np.abs(found - expected).max() <= CLOSE
+
+
 def test_lanes_shrink_with_the_batch(host, gpu):
     """Six images in eight lanes; once four are left, caches move to the four lanes that stay."""
     labels = [0, 1, 2, 3, 4, 5]
@@ -69,6 +75,7 @@ def test_a_second_request_allocates_nothing_new(cuda, gpu, name):
     options = {} if name == "digits" else {"ar_steps": 6}
     gpu[name].generate([1, 2, 3], seed=1, **options)
     gc.collect()
+    cuda.device.wait()
     before, launches = cuda.allocated, cuda.stream.launches
     result = gpu[name].generate([1, 2, 3], seed=1, **options)
     assert cuda.allocated == before
