@@ -4,7 +4,8 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -113,6 +114,7 @@ class Pipeline:
         self._backbone = lru_cache(maxsize=KEPT_CHAINS)(self._make_backbone)
         self._steps = lru_cache(maxsize=KEPT_CHAINS)(self._make_steps)
         self._turn = threading.RLock()
+        self._busy = False
 
     def generate(
         self,
@@ -154,8 +156,7 @@ class Pipeline:
             if progress is not None:
                 progress(done, len(labels) * tokens_each)
 
-        with self._turn:
-            self.backend.device.activate()
+        with self._request():
             # Engines that are still missing are made before the clock runs, and before work that they might waste.
             session = self.session(options)
             if self.bundle.manifest.decoder is not None:
@@ -179,8 +180,7 @@ class Pipeline:
             return None
         if manifest.decoder is None:
             return to_bytes(lay_patches(tokens, manifest.image, manifest.family))
-        with self._turn:
-            self.backend.device.activate()
+        with self._own_turn():
             decoder = self._graph_engine(manifest.decoder.graph)
             return to_bytes(decode_pixels(tokens, manifest.image, self.backend.device, decoder))
 
@@ -192,9 +192,31 @@ class Pipeline:
         chain = self._chain(options)
         plan = self._plan(options, chain)
         evaluate = None if plan.evaluate is None else tuple(plan.evaluate.tolist())
-        return Session(
-            plan, self._steps(plan.mode, plan.draft, chain.spec, 1 if plan.guidance == 1 else 2, plan.slots, evaluate)
-        )
+        branches = 1 if plan.guidance == 1 else 2
+        with self._own_turn():
+            return Session(plan, self._steps(plan.mode, plan.draft, chain.spec, branches, plan.slots, evaluate))
+
+    @contextmanager
+    def _own_turn(self) -> Iterator[None]:
+        """Buffers and device are this thread's alone."""
+        with self._turn:
+            self.backend.device.activate()
+            yield
+
+    @contextmanager
+    def _request(self) -> Iterator[None]:
+        """The turn of a request. Raises UsageError within another one's: it would write into that one's buffers."""
+        with self._own_turn():
+            if self._busy:
+                raise UsageError(
+                    "generate was called by the progress of another request on the same pipeline, whose buffers it "
+                    "shares; call it when that request has returned, or load a second pipeline"
+                )
+            self._busy = True
+            try:
+                yield
+            finally:
+                self._busy = False
 
     def _plan(self, options: DecodeOptions, chain: Chain) -> Plan:
         """Resolve options against the bundle's defaults. Raises UsageError where they cannot be met."""

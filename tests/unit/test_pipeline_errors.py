@@ -140,3 +140,12 @@ def test_the_bundle_says_what_a_request_leaves_open(tmp_path):
     edit_manifest(folder, "defaults", "draft", value="small")
     stats = specdec_rt.load(folder).generate([1]).stats
     assert (stats.mode, stats.target_backbone_calls) == ("draft", 0)
+
+
+def test_a_request_within_another_ones_progress(pipeline):
+    def again(done, total):  # noqa: ARG001  # a callback's
+        pipeline.generate([1], mode="draft")
+
+    with pytest.raises(UsageError, match="by the progress of another request on the same pipeline"):
+        pipeline.generate([3], mode="draft", progress=again)
+    assert pipeline.generate([3], mode="draft").images is not None  # the pipeline is free again
