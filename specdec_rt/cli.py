@@ -14,7 +14,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from specdec_rt import build_command
+from specdec_rt import bench_command, build_command
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import read_recipe
 from specdec_rt.bundle import load_bundle
@@ -58,6 +58,7 @@ CacheOption = Annotated[Path | None, typer.Option(metavar="DIR", help="The engin
 
 
 app.command()(build_command.build)
+app.command()(bench_command.bench)
 
 
 def main() -> None:

@@ -1,0 +1,112 @@
+"""Acceptance by position: every verdict of some requests, with the AR step and the place in the round it belongs to."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from benchmarks.requests import Request, schedule_of
+from specdec_rt import Pipeline
+from specdec_rt import pipeline as pipeline_module
+from specdec_rt.decode import loop
+from specdec_rt.decode.verify import ExactJudgement, PaperJudgement
+from specdec_rt.noise import NoiseSource, Purpose
+from specdec_rt.types import FloatArray, IntArray
+
+__all__ = ["Observed", "observe"]
+
+
+@dataclass
+class Observed:
+    """Counts `[judged, accepted]`; drafts after a round's first rejection are not judged."""
+
+    by_step: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    """by AR step of the image"""
+    by_offset: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    """by place in the round"""
+    left: list[float] = field(default_factory=list)
+    """share of the chain that was left, of every rejected token (`exact` mode)"""
+
+    def count(self, image: IntArray, step: IntArray, judgement: ExactJudgement | PaperJudgement) -> None:
+        """A round: rows `[R]` of images at AR steps."""
+        accepted = judgement.accepted
+        for one in np.unique(image):
+            rows = image == one
+            first = int(step[rows].min())
+            failed = step[rows & ~accepted]
+            rows &= step <= (failed.min() if len(failed) else np.inf)
+            for row in np.flatnonzero(rows):
+                for counts in (self.by_step[int(step[row])], self.by_offset[int(step[row]) - first]):
+                    counts[0] += 1
+                    counts[1] += int(accepted[row])
+            if isinstance(judgement, ExactJudgement):
+                length = judgement.target_mean.shape[1]
+                cut = judgement.verdict.accepted_steps[rows & ~accepted]
+                self.left += ((length - 1 - cut) / length).tolist()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+
+        def rows(counts: dict[int, list[int]]) -> list[dict[str, int]]:
+            return [{"at": at, "judged": judged, "accepted": kept} for at, (judged, kept) in sorted(counts.items())]
+
+        judged, kept = np.array([*self.by_offset.values()] or [[0, 0]]).sum(axis=0).tolist()
+        return {
+            "judged": judged,
+            "acceptance_rate": kept / judged if judged else None,
+            "left": float(np.mean(self.left)) if self.left else None,
+            "by_step": rows(self.by_step),
+            "by_offset": rows(self.by_offset),
+        }
+
+
+def observe(pipeline: Pipeline, request: Request, *, seed: int, requests: int) -> Observed:
+    """The verdicts of some requests."""
+    observed = Observed()
+    known = schedule_of(pipeline, request.options).known
+    for each in range(requests):
+        with _recorded(observed, known):
+            request(pipeline, seed + each)
+    return observed
+
+
+@contextmanager
+def _recorded(observed: Observed, known: IntArray) -> Iterator[None]:
+    """Within it, the draws that decide on rows tell whose rows they are, and the judges what became of them."""
+    rank: dict[int, IntArray] = {}
+    last: list[tuple[IntArray, IntArray]] = []
+
+    class Draws(NoiseSource):
+        """Notes the order of each image's places, and the rows that are judged next."""
+
+        def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int) -> FloatArray:
+            drawn = super().uniform(image, token, purpose, count)
+            if purpose is Purpose.ORDER:
+                ranks = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1)
+                rank.update(zip(image.tolist(), ranks, strict=True))
+            if purpose is Purpose.ACCEPTANCE:
+                last[:] = [(image, token)]
+            return drawn
+
+    def noted(judge: Callable[..., Any]) -> Callable[..., Any]:
+        def judged(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401  # passed on
+            judgement = judge(*arguments, **named)
+            ((image, place),) = last
+            ranks = [
+                int(rank[one][at]) if one in rank else at
+                for one, at in zip(image.tolist(), place.tolist(), strict=True)
+            ]
+            observed.count(image, np.searchsorted(known, ranks, side="right") - 1, judgement)
+            return judgement
+
+        return judged
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(pipeline_module, "NoiseSource", Draws))
+        for name in ("judge_exact", "judge_paper"):
+            stack.enter_context(mock.patch.object(loop, name, noted(getattr(loop, name))))
+        yield

@@ -1,0 +1,191 @@
+"""One measurement in a process of its own: a job as JSON on stdin, what was measured as JSON on stdout."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.observe import observe
+from benchmarks.requests import Request, forced_verdicts
+from benchmarks.scenario import RuntimeVariant, Scenario, TorchVariant, Variant
+from specdec_rt import Pipeline, load
+from specdec_rt.bench.cost import Acceptance, HostCost
+from specdec_rt.bench.predict import Predictor
+from specdec_rt.bench.timing import Times, profile, repeat
+from specdec_rt.decode.stats import Stats
+
+__all__ = ["Job", "Measured", "perform"]
+
+
+class Measured(BaseModel):
+    """A case whose cost is to be predicted."""
+
+    variant: str
+    batch: int
+    acceptance: float | None
+    left: float | None
+
+
+class Job(BaseModel):
+    """What to do."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["time", "observe", "cost", "limits"]
+    scenario: Scenario
+    bundle: str
+    threads: int
+    variant: Variant | None = None
+    batch: int = 1
+    profiled: bool = False
+    """whether a request on timed engines follows"""
+    observed_images: int = 64
+    measured: tuple[Measured, ...] = ()
+
+
+def perform(job: Job) -> dict[str, Any]:
+    """Do the job."""
+    if isinstance(job.variant, TorchVariant):
+        return _time_torch(job, job.variant)
+    started = time.perf_counter()
+    pipeline = load(job.bundle, backend="onnxruntime", threads=job.threads)
+    ready = time.perf_counter() - started
+    with forced_verdicts(job.scenario.forced):
+        if job.kind == "limits":
+            return _limits(job, pipeline)
+        if job.kind == "cost":
+            return _cost(job, pipeline)
+        assert isinstance(job.variant, RuntimeVariant)
+        request = Request.of(job.scenario, job.variant, job.batch)
+        if job.kind == "observe":
+            count = -(-job.observed_images // job.batch)
+            return observe(pipeline, request, seed=job.scenario.seed, requests=count).as_dict()
+        return {"load_seconds": ready, **_time_runtime(job, pipeline, request)}
+
+
+def _time_runtime(job: Job, pipeline: Pipeline, request: Request) -> dict[str, Any]:
+    figures: list[Stats | None] = []
+    first, times = _timed(job.scenario, lambda seed: figures.append(request(pipeline, seed)))
+    counted = [stats for stats in figures[-len(times.seconds) :] if stats is not None]
+    found = profile(pipeline, request, seed=job.scenario.seed) if job.profiled else None
+    return {
+        **_record(first, times),
+        "stats": _mean(counted),
+        "profile": None if found is None else found[0].as_dict(),
+    }
+
+
+def _mean(figures: list[Stats]) -> dict[str, float]:
+    """Counts per image, ratios over all requests."""
+    if not figures:
+        return {}
+    images = sum(stats.images for stats in figures)
+    names = ("rounds", "target_backbone_calls", "draft_backbone_calls", "sequential_head_calls")
+    means = {name: sum(getattr(stats, name) for stats in figures) / images for name in names}
+    accepted, rejected = (sum(getattr(stats, name) for stats in figures) for name in ("accepted", "rejected"))
+    if accepted + rejected:
+        means["acceptance_rate"] = accepted / (accepted + rejected)
+        per_round = [stats.tokens_per_round for stats in figures if stats.tokens_per_round is not None]
+        means["tokens_per_round"] = float(np.mean(per_round))
+    return means
+
+
+def _time_torch(job: Job, variant: TorchVariant) -> dict[str, Any]:
+    import torch  # heavy, and no part of the runtime's own measurements
+
+    from benchmarks.torch_baselines.build import Request as Asked
+    from benchmarks.torch_baselines.build import build_baseline
+    from benchmarks.torch_baselines.noise import TorchNoise
+    from specdec_rt.bundle import load_bundle
+
+    torch.set_num_threads(job.threads)
+    scenario, bundle = job.scenario, load_bundle(job.bundle)
+    started = time.perf_counter()
+    asked = Asked(ar_steps=scenario.ar_steps, first_ar_steps=scenario.first_ar_steps)
+    baseline = build_baseline(bundle, variant.style, asked)
+    ready = time.perf_counter() - started
+    classes = bundle.manifest.classes
+
+    def request(seed: int) -> None:
+        labels = torch.from_numpy((seed * job.batch + np.arange(job.batch)) % classes)
+        baseline.parts.clear()
+        baseline.generate(labels, TorchNoise(seed))
+
+    try:
+        first, times = _timed(scenario, request)
+    except Exception as error:  # torch.compile has many ways to fail; the row says which
+        if variant.style != "compiled":
+            raise
+        return {"failed": f"{type(error).__name__}: {error}"[:1000]}
+    parts = {"backbone_seconds": baseline.parts.backbone.seconds, "head_seconds": baseline.parts.head.seconds}
+    return {"load_seconds": ready, **_record(first, times), "parts": parts}
+
+
+def _timed(scenario: Scenario, request: Callable[[int], None]) -> tuple[float, Times]:
+    """The first request, which makes or compiles what is missing, and the times of those that count."""
+    started = time.perf_counter()
+    request(scenario.seed + scenario.samples + scenario.warmup)
+    first = time.perf_counter() - started
+    times = repeat(
+        request,
+        seed=scenario.seed,
+        warmup=scenario.warmup - 1,
+        samples=scenario.samples,
+        limit_seconds=scenario.limit_seconds,
+    )
+    return first, times
+
+
+def _record(first: float, times: Times) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": list(times.seconds), "first_request_seconds": first, "peak_bytes": peak}
+
+
+def _limits(job: Job, pipeline: Pipeline) -> dict[str, Any]:
+    import torch
+
+    from benchmarks.limits import graph_limits, machine_limits
+
+    torch.set_num_threads(job.threads)
+    machine = machine_limits()
+    branches = 1 if pipeline.bundle.manifest.defaults.guidance == 1 else 2
+    batches = job.scenario.batches
+    length = job.scenario.draft_length
+    graphs = {
+        str(batch): graph_limits(pipeline, machine, batch=batch, branches=branches, draft_length=length)
+        for batch in batches
+    }
+    return {"machine": machine, "branches": branches, "draft_length": length, "graphs": graphs}
+
+
+def _cost(job: Job, pipeline: Pipeline) -> dict[str, Any]:
+    scenario = job.scenario
+    # An image that ends early has no request to calibrate the host's share in; it is small where that is done.
+    host = None if scenario.first_ar_steps is None else HostCost()
+    predictor = Predictor(pipeline, host=host, first=scenario.first_ar_steps)
+    variants = {variant.name: variant for variant in scenario.variants if isinstance(variant, RuntimeVariant)}
+    rows = []
+    for measured in job.measured:
+        options = variants[measured.variant].decode_options(scenario)
+        acceptance = Acceptance(measured.acceptance or 0.0, 0.5 if measured.left is None else measured.left)
+        found = predictor.predict(options, measured.batch, acceptance)
+        rows.append(
+            {"variant": measured.variant, "batch": measured.batch, "seconds": found.seconds, "parts": found.parts}
+        )
+    return {"rows": rows, **predictor.record()}
+
+
+def main() -> None:
+    """As the module says."""
+    job = Job.model_validate_json(sys.stdin.read())
+    result = perform(job)
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

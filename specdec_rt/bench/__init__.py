@@ -1,0 +1,1 @@
+"""Where the time goes: requests on a clock, calls by graph, and what that predicts."""

@@ -1,0 +1,121 @@
+"""The time of one call of each graph of a bundle, as a function of its sizes, measured here."""
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from specdec_rt.bench.cost import Interpolated
+from specdec_rt.bench.timing import Times
+from specdec_rt.build.builder import GraphSlot, graph_slots
+from specdec_rt.decode.chain import STATES_PER_CALL
+from specdec_rt.engine import BoundCall
+from specdec_rt.manifest import Binding, GraphName
+from specdec_rt.pipeline import Pipeline
+from specdec_rt.types import Array
+
+__all__ = ["GraphTimes", "bind_graph", "graph_sizes", "time_call"]
+
+QUERIES = 4
+"""Tokens that a MAR backbone is asked for: how many changes little."""
+SECONDS, FEWEST, MOST = 0.1, 3, 100
+"""For how long, and how often, a call is repeated."""
+
+
+class GraphTimes:
+    """As in `cost.Costs`; calls are measured when they are first asked for.
+
+    `draft_share` is for a draft that there is not: its backbone takes this share of the target's time.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, branches: int, chain: int, draft_share: float | None = None) -> None:
+        self._pipeline, self._branches, self._chain = pipeline, branches, chain
+        self._share = draft_share
+        self._slots = {slot.label: slot for slot in graph_slots(pipeline.bundle.manifest)}
+        self._functions: dict[str, Interpolated] = {}
+
+    def backbone(self, owner: str, contexts: int, size: int) -> float:
+        """As in `cost.Costs`."""
+        if owner != "target" and self._share is not None:
+            return self._share * self.backbone("target", contexts, size)
+        return self._function(f"{owner}.backbone")(contexts, max(size, 1))
+
+    def step(self, owner: str, rows: int) -> float:
+        """As in `cost.Costs`."""
+        return self._function(f"{owner}.denoise_step")(rows, 1)
+
+    def density(self, rows: int) -> float:
+        """As in `cost.Costs`."""
+        most = max(STATES_PER_CALL // (self._branches * self._chain), 1)
+        whole, rest = divmod(rows, most)
+        of = self._function("target.log_density")
+        return whole * (of(most, 1) if whole else 0.0) + (of(rest, 1) if rest else 0.0)
+
+    def record(self) -> dict[str, list[dict[str, float]]]:
+        """What was measured: images or tokens `x`, positions or known tokens `y`."""
+        return {
+            label: [{"x": x, "y": y, "seconds": seconds} for (x, y), seconds in sorted(function.points.items())]
+            for label, function in self._functions.items()
+        }
+
+    def _function(self, label: str) -> Interpolated:
+        if label not in self._functions:
+            slot, manifest = self._slots[label], self._pipeline.bundle.manifest
+            # In the known tokens of a MAR backbone time is all but linear.
+            by_known = manifest.family == "mar" and slot.name is GraphName.BACKBONE
+            grid = tuple(sorted({1, -(-manifest.tokens // 2), manifest.tokens})) if by_known else None
+            self._functions[label] = Interpolated(lambda x, y: self._measure(slot, x, y), grid=grid)
+        return self._functions[label]
+
+    def _measure(self, slot: GraphSlot, x: int, y: int) -> float:
+        sizes = graph_sizes(self._pipeline, branches=self._branches, chain=self._chain, x=x, y=y)
+        # The mean: requests are sums of calls, slow ones among them.
+        return time_call(self._pipeline, bind_graph(self._pipeline, slot, sizes)).mean
+
+
+def graph_sizes(pipeline: Pipeline, *, branches: int, chain: int, x: int, y: int) -> dict[str, int]:
+    """The letters of the graph's bindings; x counts images or tokens, y positions or known tokens of each."""
+    tokens = pipeline.bundle.manifest.tokens
+    sizes = {"G": branches, "R": x, "n": chain, "n_plus_1": chain + 1}
+    known = min(y, tokens)
+    return {**sizes, "B": x * branches, "N": min(y, tokens), "S": tokens, "K": known, "Q": min(QUERIES, tokens)}
+
+
+def bind_graph(pipeline: Pipeline, slot: GraphSlot, sizes: Mapping[str, int]) -> BoundCall:
+    """A call on buffers of these sizes: indices in range, everything else alike."""
+    device = pipeline.backend.device
+    assert slot.model is not None
+    assert slot.name is not None
+    engine = pipeline.engine(slot.model, slot.name)
+
+    def staged(binding: Binding) -> Array:
+        shape = tuple(sizes[size] if isinstance(size, str) else size for size in binding.shape)
+        return device.zeros(shape, np.dtype(binding.dtype).type)
+
+    inputs = {binding.name: staged(binding) for binding in slot.graph.inputs}
+    for name, array in inputs.items():
+        if name in ("visible", "query"):
+            array[:] = np.arange(array.shape[-1])
+        elif array.dtype != np.int64:
+            array[:] = array.dtype.type(True) if array.dtype == np.bool_ else 0.1
+    outputs: dict[str, Array] = {}
+    for binding in slot.graph.outputs:
+        # Where the backend allows it a cache is updated where it lies, as in decoding.
+        cache = inputs.get(binding.name.removesuffix("_out")) if engine.in_place else None
+        outputs[binding.name] = staged(binding) if cache is None else cache
+    device.upload(*inputs.values())()
+    return device.record([engine.bind(inputs, outputs)])
+
+
+def time_call(pipeline: Pipeline, call: BoundCall) -> Times:
+    """Some repeats, after one that does not count."""
+    wait = pipeline.backend.device.wait
+    call()
+    wait()
+    seconds: list[float] = []
+    while len(seconds) < FEWEST or (sum(seconds) < SECONDS and len(seconds) < MOST):
+        started = time.perf_counter()
+        call()
+        wait()
+        seconds.append(time.perf_counter() - started)
+    return Times(tuple(seconds))

@@ -1,0 +1,218 @@
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import requests
+from benchmarks.__main__ import main
+from benchmarks.limits import bandwidth, graph_work
+from benchmarks.observe import observe
+from benchmarks.report import write_report
+from benchmarks.requests import Request, forced_verdicts, labels_of
+from benchmarks.run import Results, write_json
+from benchmarks.scenario import SCENARIOS, Forced, read_scenario
+from benchmarks.worker import Job, perform
+from export.causal import read_pair
+from specdec_rt import load
+from specdec_rt.bench.graph_times import graph_sizes
+from specdec_rt.build.builder import graph_slots
+from specdec_rt.config import DecodeOptions
+from specdec_rt.errors import UsageError
+
+SCENARIO = """
+title = "a test"
+bundle = "digits-mar"
+ar_steps = 3
+batches = [1]
+warmup = 1
+samples = 2
+repeats = 1
+
+[[variants]]
+name = "target"
+engine = "runtime"
+options = { mode = "target" }
+
+[[variants]]
+name = "fewer"
+engine = "runtime"
+options = { mode = "target", ar_steps = 2 }
+
+[[variants]]
+name = "exact, self"
+engine = "runtime"
+options = { mode = "exact", draft = "self" }
+observe = true
+
+[[variants]]
+name = "eager"
+engine = "torch"
+style = "eager"
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path):
+    path = tmp_path / "test.toml"
+    path.write_text(SCENARIO)
+    return read_scenario(str(path))[1]
+
+
+@pytest.fixture(scope="module")
+def digits_mar():
+    return load("digits-mar", backend="onnxruntime", threads=1)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SCENARIOS.glob("*.toml")))
+def test_every_scenario_is_valid_and_has_a_baseline_and_the_target(name):
+    _, found = read_scenario(name)
+
+    assert {variant.engine for variant in found.variants} == {"torch", "runtime"}
+    assert "target" in {variant.name for variant in found.variants}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("repeats = 1", "repeat = 1", "repeat"),
+        ('style = "eager"', 'style = "fast"', "style"),
+        ('{ mode = "target" }', '{ mod = "target" }', "mod"),
+        ('name = "fewer"', 'name = "target"', "two variants"),
+        ('bundle = "digits-mar"', "", "bundle or random_mar"),
+        ("samples = 2", "samples = ", "TOML"),
+    ],
+)
+def test_what_a_scenario_says_wrong_is_named(tmp_path, old, new, said):
+    path = tmp_path / "test.toml"
+    path.write_text(SCENARIO.replace(old, new, 1))
+
+    with pytest.raises(UsageError, match=said):
+        read_scenario(str(path))
+
+
+def test_only_the_targets_own_distribution_counts_as_exact(scenario):
+    exact = {variant.name: variant.distribution(scenario)[0] for variant in scenario.variants}
+
+    assert exact == {"target": True, "fewer": False, "exact, self": True, "eager": True}
+
+
+def test_a_request_may_end_after_its_first_ar_steps(digits_mar):
+    told = []
+    request = Request(DecodeOptions(mode="target", ar_steps=6), 2, first_ar_steps=2)
+    generate = digits_mar.generate
+
+    class Watched:
+        bundle = digits_mar.bundle
+
+        def generate(self, labels, progress, **named):
+            def tell(done, total):
+                told.append(done)
+                progress(done, total)
+
+            return generate(labels, progress=tell, **named)
+
+    assert request(Watched(), 1) is None
+    known = requests.schedule_of(digits_mar, request.options).known
+    assert told == [2 * known[1], 2 * known[2]]
+
+
+def test_forced_verdicts_have_the_acceptance_that_is_forced(digits_mar):
+    labels = labels_of(digits_mar, 1, 10)
+    asked = {"seed": 1, "mode": "exact", "draft": "self", "ar_steps": 4}
+    with forced_verdicts(Forced(acceptance=0.25, left=0.5, source="a test")):
+        forced = digits_mar.generate(labels, **asked)
+
+    assert abs(forced.stats.acceptance_rate - 0.25) < 0.05
+    assert np.isfinite(forced.tokens).all()
+    assert digits_mar.generate(labels, **asked).stats.acceptance_rate > 0.5
+
+
+@pytest.mark.parametrize("options", [{"mode": "exact"}, {"mode": "exact", "draft": "self"}, {"mode": "paper"}])
+def test_observed_verdicts_are_those_that_the_figures_count(digits_mar, options):
+    request = Request(DecodeOptions(**options, ar_steps=8), 3)
+
+    stats = request(digits_mar, 1)
+    observed = observe(digits_mar, request, seed=1, requests=1).as_dict()
+
+    assert observed["judged"] == stats.accepted + stats.rejected
+    assert observed["acceptance_rate"] == stats.acceptance_rate
+    assert sum(row["judged"] for row in observed["by_step"]) == observed["judged"]
+
+
+def test_work_of_a_graph_is_counted_from_its_modules():
+    pipeline = load("digits", backend="onnxruntime", threads=1)
+    pair = read_pair("digits")
+    slots = {slot.label: slot for slot in graph_slots(pipeline.bundle.manifest)}
+    head = pair.target.head
+    weights = sum(p.numel() for n, p in head.named_parameters() if not n.startswith("time_embed"))
+    products = sum(p.numel() for n, p in head.named_parameters() if p.dim() == 2 and not n.startswith("time_embed"))
+
+    step = graph_work(pair, slots["target.denoise_step"], graph_sizes(pipeline, branches=2, chain=23, x=3, y=1))
+
+    assert step["weight_bytes"] == 4 * weights
+    assert step["operations"] == 2 * products * 2 * 3  # two branches of three rows
+    one, four = (
+        graph_work(pair, slots["target.backbone"], graph_sizes(pipeline, branches=2, chain=23, x=1, y=y))
+        for y in (1, 4)
+    )
+    assert one["weight_bytes"] == four["weight_bytes"]
+    assert four["operations"] == 4 * one["operations"]
+
+
+def test_bandwidth_lies_between_what_was_measured():
+    row = {"copy_bytes_per_second": 1.0}
+    machine = {
+        "moved": [
+            {**row, "bytes": 2**20, "read_bytes_per_second": 4e9},
+            {**row, "bytes": 2**22, "read_bytes_per_second": 2e9},
+        ]
+    }
+
+    assert bandwidth(machine, 2**21) == pytest.approx(3e9)
+    assert bandwidth(machine, 2**30) == pytest.approx(2e9)
+
+
+def test_results_become_a_report(tmp_path, scenario):
+    out = tmp_path / "test.json"
+    results = Results(out, "test", scenario, 1, machine={**MACHINE})
+    for variant in scenario.variants:
+        job = Job(
+            kind="time", scenario=scenario, bundle="digits-mar", threads=1, variant=variant, batch=1, profiled=True
+        )
+        row = results.add(variant, 1, perform(job))
+        if variant.name == "exact, self":
+            row["observed"] = perform(job.model_copy(update={"kind": "observe", "observed_images": 2}))
+    results.cost = {"rows": [{"variant": "target", "batch": 1, "seconds": 1.0, "parts": {"host": 1.0}}]}
+    results.write()
+
+    written = write_report([out], tmp_path / "docs")
+
+    assert {path.name for path in written} == {
+        "benchmarks.md",
+        *(f"benchmarks-test-{kind}.png" for kind in ("latency", "acceptance", "time")),
+    }
+    text = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "| exact, self |" in text
+    assert "**no** | another: 2 AR steps" in text
+    assert "0 of 1 within 15%" in text
+    assert json.loads(out.read_text())["rows"][0]["samples"] == 2
+
+
+MACHINE = {
+    "cpu": "a processor",
+    "cores": 2,
+    "memory_bytes": 2**30,
+    "versions": {"numpy": "2"},
+    "commit": None,
+    "dirty": None,
+    "command": "python -m benchmarks run test",
+    "load_average": 0.0,
+}
+
+
+def test_a_file_of_something_else_is_no_result(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    write_json(path, {"rows": []})
+
+    assert main(["report", str(path), "--out", str(tmp_path)]) == 2
+    assert "holds no results" in capsys.readouterr().err
