@@ -55,12 +55,16 @@ class Device(Protocol):
         """An array of zeros, and its twin. One that is not `staged` has no host side: it only names its twin."""
         ...
 
+    def pitched(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+        """As `zeros`, for an array whose entries along the first axis are bound one by one: each lies aligned."""
+        ...
+
     def upload(self, *arrays: Array) -> BoundCall:
-        """Copies arrays (contiguous) to their twins."""
+        """Copies arrays (contiguous, or pitched) to their twins."""
         ...
 
     def download(self, *arrays: Array) -> BoundCall:
-        """Copies twins to their arrays (contiguous)."""
+        """Copies twins to their arrays (contiguous, or pitched)."""
         ...
 
     def copy(self, destination: Array, source: Array) -> BoundCall:

@@ -144,7 +144,12 @@ class Pipeline:
             raise UsageError(f"{len(keys)} indices were given for {len(labels)} labels; expected one for each")
         most = self.backend.limits.batch_size
         size = min(DEFAULT_BATCH_SIZE, most or DEFAULT_BATCH_SIZE) if batch_size is None else batch_size
-        check_whole_number("batch_size", size, 1, most)
+        check_whole_number("batch_size", size, 1)
+        if most is not None and size > most:
+            raise UsageError(
+                f"batch_size is {size}, but the engines of backend {self.backend.name!r} are built for {most} at most: "
+                "take a recipe with larger batch_buckets"
+            )
         noise = NoiseSource(seed)
         tokens_each = self.bundle.manifest.tokens
         counters = Counters()
@@ -194,7 +199,8 @@ class Pipeline:
         evaluate = None if plan.evaluate is None else tuple(plan.evaluate.tolist())
         branches = 1 if plan.guidance == 1 else 2
         with self._own_turn():
-            return Session(plan, self._steps(plan.mode, plan.draft, chain.spec, branches, plan.slots, evaluate))
+            slots = plan.slots if self.bundle.manifest.target.cache else 0  # else every γ would have steps of its own
+            return Session(plan, self._steps(plan.mode, plan.draft, chain.spec, branches, slots, evaluate))
 
     @contextmanager
     def _own_turn(self) -> Iterator[None]:
@@ -311,7 +317,7 @@ class Pipeline:
         """The target (None) or a draft."""
         record = self.bundle.manifest.model(name)
         head = self._head(name if record.head == "own" else None, spec)
-        return Model(self._backbone(name, branches, slots if record.cache else 0), head)
+        return Model(self._backbone(name, branches, slots), head)
 
     def _make_backbone(self, name: str | None, branches: int, slots: int) -> Backbone:
         manifest, device = self.bundle.manifest, self.backend.device

@@ -69,6 +69,10 @@ class TorchDevice:
         insort(self._begins, host.data_ptr())
         return np.asarray(host.numpy())
 
+    def pitched(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+        """As in `engine.Device`; torch takes any part of an array."""
+        return self.zeros(shape, dtype)
+
     def twin(self, view: Array) -> Tensor:
         """The twin of an array or of a view."""
         at = view.ctypes.data
@@ -139,7 +143,7 @@ class TorchDevice:
 
     def padded(self, count: int, limit: int) -> int:
         """As on `CudaDevice`."""
-        return min(1 << max(count - 1, 0).bit_length(), limit)
+        return next(size for size in (-(-limit // 4), -(-limit // 2), limit) if size >= count)
 
 
 class _Step:

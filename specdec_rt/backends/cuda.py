@@ -1,6 +1,7 @@
 """Buffers in a GPU's memory with pinned host twins, and the small moves between engines, all on one stream."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ MOST_AXES = 4
 """of a copy between views, as the kernel is written"""
 MOST_TERMS = 4
 KEPT_SHAPES = 1024
+ALIGNMENT = 256
+"""bytes, of what an engine is bound to: what TensorRT asks for"""
 SCRATCH_BYTES = 2**26
 """at least; a larger one is made where an engine needs it"""
 
@@ -27,8 +30,8 @@ SCRATCH_BYTES = 2**26
 class CudaDevice:
     """As in `engine.Device`, on GPU `ordinal`.
 
-    Batches are padded to one of `batch_buckets` (ascending), other sizes to powers of two, so that few shapes
-    are captured. Without `graphs` the same calls run one by one.
+    Batches are padded to one of `batch_buckets` (ascending), other sizes to a quarter of their limit, half of it
+    or all, so that few shapes are captured. Without `graphs` the same calls run one by one.
     """
 
     def __init__(self, *, batch_buckets: Sequence[int], graphs: bool, ordinal: int = 0) -> None:
@@ -96,15 +99,19 @@ class CudaDevice:
         """The device address of an array's twin. Raises BackendError where it has none, or has gaps."""
         if not array.flags.c_contiguous:
             raise BackendError(f"an array {array.dtype} {array.shape} has gaps; an engine takes contiguous buffers")
-        return self._twins.address(array)
+        address = self._twins.address(array)
+        assert address % ALIGNMENT == 0 or not array.size, "a part of an array that is not pitched"
+        return address
 
     def upload(self, *arrays: Array) -> BoundCall:
         """As in `engine.Device`."""
-        return self._memory_copies([(self.address(array), array.ctypes.data, array.nbytes) for array in arrays], arrays)
+        moves = [(self._twins.address(array), array.ctypes.data, _extent(array)) for array in arrays]
+        return self._memory_copies(moves, arrays)
 
     def download(self, *arrays: Array) -> BoundCall:
         """As in `engine.Device`."""
-        return self._memory_copies([(array.ctypes.data, self.address(array), array.nbytes) for array in arrays], arrays)
+        moves = [(array.ctypes.data, self._twins.address(array), _extent(array)) for array in arrays]
+        return self._memory_copies(moves, arrays)
 
     def _memory_copies(self, moves: list[tuple[int, int, int]], kept: tuple[Array, ...]) -> BoundCall:
         driver, stream = self._driver, self._driver.CUstream(int(self.stream.handle))
@@ -116,6 +123,14 @@ class CudaDevice:
                 self._check(driver.cuMemcpyAsync(destination, source, size, stream), "copy between host and device")
 
         return call
+
+    def pitched(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+        """As in `engine.Device`; the gaps belong to nobody, and are moved along."""
+        length, *inner = shape
+        values = math.prod(inner)
+        pitch = -(-values * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT // np.dtype(dtype).itemsize
+        rows = self.zeros((length, pitch), dtype)[:, :values]
+        return rows.reshape(shape)
 
     # --- kernels --------------------------------------------------------------------------------------
 
@@ -186,9 +201,18 @@ class CudaDevice:
         return next((bucket for bucket in self._buckets if bucket >= images), images)
 
     def padded(self, count: int, limit: int) -> int:
-        """The next power of two, at most `limit`."""
-        return min(1 << max(count - 1, 0).bit_length(), limit)
+        """A quarter of `limit`, half of it or all: few sizes are captured, and at most half the work is wasted."""
+        return next(size for size in (-(-limit // 4), -(-limit // 2), limit) if size >= count)
 
     def _check(self, answer: tuple[Any, ...], what: str) -> None:
         if int(answer[0]):
             raise BackendError(f"CUDA refused a {what}: {answer[0].name}")
+
+
+def _extent(array: Array) -> int:
+    """Bytes from an array's first value to its last, those in the gaps of a pitched one among them."""
+    if array.flags.c_contiguous:
+        return int(array.nbytes)
+    if not array[0].flags.c_contiguous or array.strides[0] % ALIGNMENT:
+        raise BackendError(f"an array {array.dtype} {array.shape} has gaps; only whole or pitched ones can be moved")
+    return int((array.shape[0] - 1) * array.strides[0] + array[0].nbytes)

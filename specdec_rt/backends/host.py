@@ -28,6 +28,10 @@ class HostDevice:
         """An array of zeros."""
         return np.zeros(shape, dtype)
 
+    def pitched(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+        """An array of zeros: engines take any part of it."""
+        return np.zeros(shape, dtype)
+
     def upload(self, *arrays: Array) -> BoundCall:  # noqa: ARG002  # the protocol's
         """Nothing: host and engine share the array."""
         return _nothing

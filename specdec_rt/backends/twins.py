@@ -38,6 +38,6 @@ class Twins:
         if index >= 0:
             begin = self._begins[index]
             size, address = self._entries[begin]
-            if at < begin + size:
+            if begin <= at < begin + size:
                 return address + at - begin
         raise BackendError(f"an array {view.dtype} {view.shape} has no device memory; make it by the device's zeros()")

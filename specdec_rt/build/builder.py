@@ -105,7 +105,7 @@ class _Silent:
         pass
 
     def building(self, graph: str) -> None:
-        _log.info("building %s", graph)
+        _log.warning("building the engine of %s, once: it is kept", graph)  # it takes a while, and nobody asked for it
 
     def step(self, phase: str, done: int, total: int) -> bool:  # noqa: ARG002  # as the protocol has it
         return True

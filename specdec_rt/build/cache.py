@@ -32,6 +32,8 @@ LIMIT_BYTES = 20 * 2**30
 _OURS = re.compile(r"[0-9a-f]{64}\.(plan|json|timing)|\.[0-9a-f]{64}\.(plan|json|timing)\.part")
 """Names that this module gives; other files in the folder are none of its business."""
 
+FOREIGN = "its record was altered, or is that of another machine or user"
+
 _log = logging.getLogger("specdec_rt")
 
 
@@ -241,7 +243,10 @@ class EngineCache:
         record, why = self._judge(key, path, plan) if path.exists() else (None, "it has no record")
         if record is not None:
             return Entry(key, record, plan)
-        if remove:
+        if remove and why == FOREIGN:
+            # It may be good for whoever holds that secret: a build of our own takes its place, a refusal does not.
+            _log.warning("the engine %s is not used, %s", plan, why)
+        elif remove:
             self._refuse(key, why)
         return None
 
@@ -254,7 +259,7 @@ class EngineCache:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None, "its record cannot be read"
         if not self._signer.agrees(signed, signature):
-            return None, "its record was altered, or is that of another machine or user"
+            return None, FOREIGN
         try:
             record = EngineRecord.model_validate_json(json.dumps(content))
         except ValidationError:

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from specdec_rt.backends.availability import AUTO_ORDER, check, pick_auto
+from specdec_rt.backends.availability import AUTO_ORDER, check
 from specdec_rt.build.builder import TENSORRT_BACKENDS, Workshop, graph_slots
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import Recipe, default_recipe
@@ -38,16 +38,36 @@ def open_backend(
         raise UsageError(
             f"backend is {backend!r}, but the recipe {recipe.path or ''} is for {recipe.backend!r}; leave one out"
         )
-    found = check(recipe.backend) if recipe else pick_auto() if backend == "auto" else check(backend)
+    if recipe is None and backend == "auto":
+        return _best(bundle, cache, threads, cuda_graph)
+    recipe = recipe or default_recipe(backend)
+    found = check(recipe.backend)
     if not found.usable:
         raise BackendError(f"backend {found.backend} cannot run here: {found.why}")
-    if backend == "auto":
-        _log.info("backend %s: %s", found.backend, found.why)
-    recipe = recipe or default_recipe(found.backend)
-    if threads is not None and found.backend != "onnxruntime":
-        raise UsageError(f"threads is {threads}, but backend {found.backend!r} does not run on the CPU; leave it out")
-    if found.backend == "onnxruntime":
+    return _open(bundle, recipe, cache, threads, cuda_graph)
+
+
+def _best(bundle: Bundle, cache: EngineCache | None, threads: int | None, cuda_graph: bool) -> Backend:
+    """The first of the backends that works; one that only seemed to is passed over, with a warning."""
+    why = ""
+    for backend in AUTO_ORDER if threads is None else ("onnxruntime",):
+        found = check(backend)
+        why = found.why
+        if not found.usable:
+            continue
+        try:
+            return _open(bundle, default_recipe(backend), cache, threads, cuda_graph)
+        except BackendError as error:
+            _log.warning("backend %s is not taken: %s", backend, error)
+            why = str(error)
+    raise BackendError(f"no backend can run here; of the last, {AUTO_ORDER[-1]}: {why}")
+
+
+def _open(bundle: Bundle, recipe: Recipe, cache: EngineCache | None, threads: int | None, cuda_graph: bool) -> Backend:
+    if recipe.backend == "onnxruntime":
         return _on_cpu(bundle, recipe, threads)
+    if threads is not None:
+        raise UsageError(f"threads is {threads}, but backend {recipe.backend!r} does not run on the CPU; leave it out")
     return _on_gpu(bundle, recipe, cache or EngineCache(), graphs=recipe.cuda_graphs and cuda_graph)
 
 
@@ -60,19 +80,19 @@ def _on_cpu(bundle: Bundle, recipe: Recipe, threads: int | None) -> Backend:
 def _on_gpu(bundle: Bundle, recipe: Recipe, cache: EngineCache, *, graphs: bool) -> Backend:
     from specdec_rt.backends.cuda import CudaDevice
 
-    limits = Limits(batch_size=recipe.largest_batch, draft_length=recipe.draft_length)
     if recipe.backend in TENSORRT_BACKENDS:
         from specdec_rt.backends.tensorrt_engine import TensorRtBackend
 
         workshop = Workshop.open(bundle, recipe, cache)
         slots = {bundle.path(slot.graph): slot for slot in graph_slots(bundle.manifest)}
         device = CudaDevice(batch_buckets=recipe.batch_buckets, graphs=graphs)
+        limits = Limits(batch_size=recipe.largest_batch, draft_length=recipe.draft_length)
         return TensorRtBackend(workshop.flavour, device, lambda path: workshop.engine(slots[path])[0], limits)
     from specdec_rt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
     # ONNX Runtime captures its own calls, and must not be captured by others.
     device = CudaDevice(batch_buckets=recipe.batch_buckets, graphs=False)
-    return OnnxRuntimeCudaBackend(device, _Files(bundle, recipe), limits, graphs)
+    return OnnxRuntimeCudaBackend(device, _Files(bundle, recipe), Limits(), graphs)
 
 
 class _Files:

@@ -136,6 +136,8 @@ class Head:
         One call, or several where a batch is so large that its activations might not fit.
         """
         size = max(STATES_PER_CALL // (branches * self.chain.length), 1)
+        # So many rows at a time that each part begins aligned, whatever a row's size, or else whatever is usual.
+        size -= size % next(unit for unit in (64, 16, 4, 1) if unit <= size)
         return [self._part(branches, path, mean, slice(i, min(i + size, len(path)))) for i in range(0, len(path), size)]
 
     # --- whole steps --------------------------------------------------------------------------------
@@ -218,10 +220,10 @@ class Head:
         device, n, dim = self.device, self.chain.length, self.token_dim
         z = device.zeros((branches, rows, self.z_dim), np.float32)
         guidance = device.zeros((branches, rows), np.float32)
-        step = device.zeros((n, rows), np.int64)
-        path = device.zeros((n + 1, rows, dim), np.float32)
-        noise, mean = (device.zeros((n, rows, dim), np.float32) for _ in range(2))
-        std = device.zeros((n, rows, dim), np.float32) if self.learned else None
+        step = device.pitched((n, rows), np.int64)
+        path = device.pitched((n + 1, rows, dim), np.float32)
+        noise, mean = (device.pitched((n, rows, dim), np.float32) for _ in range(2))
+        std = device.pitched((n, rows, dim), np.float32) if self.learned else None
         calls = [
             self._denoise_step.bind(
                 {

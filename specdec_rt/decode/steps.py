@@ -38,6 +38,7 @@ class _Rows:
         padded = tuple(device.padded(count, widest) for count in counts)
         if padded == counts:
             return cls(padded, slice(None), slice(None))
+        padded = (max(padded),) * len(counts)  # one shape less to capture
         first, begin = np.cumsum(counts) - counts, np.cumsum(padded) - padded
         inside = [np.minimum(np.arange(wide), count - 1) for wide, count in zip(padded, counts, strict=True)]
         source = np.concatenate([start + rows for start, rows in zip(first, inside, strict=True)])
@@ -138,7 +139,8 @@ class Steps:
         self.device = device
         self._evaluate = evaluate
         self._aligned = aligned
-        self._asked: tuple[Ask, IntArray] | None = None
+        self._asked: tuple[Ask, IntArray, int] | None = None
+        """of the last round: the target's call, rows of its z, padded rows"""
         kept = lru_cache(maxsize=device.kept_shapes)
         self._single = kept(self._make_single)
         self._catching_up = kept(self._make_catch_up)
@@ -196,7 +198,7 @@ class Steps:
         draft.launch()
         verify.launch()
         self.device.wait()
-        self._asked = target_ask, z_rows
+        self._asked = target_ask, z_rows, len(draft.path)
         return self._proposed(draft, rows), self._verified(verify, rows)
 
     def complete(
@@ -208,9 +210,9 @@ class Steps:
         """
         assert self.target is not None
         assert self._asked is not None
-        ask, z_rows = self._asked
+        ask, z_rows, most = self._asked
         n = self.target.head.chain.length
-        count = self.device.padded(len(rows), z_rows.shape[1])
+        count = self.device.padded(len(rows), most)
         here = np.minimum(np.arange(count), len(rows) - 1)
         length = self.device.padded(n - int(begin.min()), n)
         step = self._completing(ask, len(guidance), count, length)

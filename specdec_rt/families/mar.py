@@ -57,7 +57,7 @@ class MarBackbone(Backbone):
         known, after = span.known[span.step[owner] + offset], span.known[span.step[owner] + offset + 1]
         size = after - known
         most_known = padded(max(int(known.max()), 1), self._tokens)  # an engine may dislike a size of 0
-        queries = padded(int(size.max()), self._tokens)
+        queries = padded(int(size.max()), int(np.diff(span.known).max()))
         ask, inputs = self._ask(contexts, most_known, queries, slot)
         inputs.visible[:] = span.order[owner, :most_known]
         inputs.visible_mask[:] = np.arange(most_known) < known[:, None]

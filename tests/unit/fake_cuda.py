@@ -7,6 +7,7 @@ shipped source, compiled for the host by `tests/unit/test_cuda.py`, or these pla
 
 import ctypes
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -96,13 +97,13 @@ class GraphBuilder:
 class Memory:
     def __init__(self, driver, size):
         assert driver.stream.captured is None, "nothing is allocated while a stream is captured"
-        self.driver, self.size, self._bytes = driver, size, (ctypes.c_char * size)()
-        ctypes.memset(self._bytes, 0xFF, size)  # NaN in every float
-        self.handle = ctypes.addressof(self._bytes)
+        self.driver, self.size, self._bytes = driver, size, (ctypes.c_char * (size + 256))()
+        self.handle = -(-ctypes.addressof(self._bytes) // 256) * 256  # as the driver aligns it
+        ctypes.memset(self.handle, 0xFF, size)  # NaN in every float
         driver.allocated += 1
 
     def fill(self, value, *, stream):
-        stream.push(lambda: ctypes.memset(self._bytes, value, self.size))
+        stream.push(lambda: ctypes.memset(self.handle, value, self.size))
 
     def close(self, stream=None):  # noqa: ARG002  # the driver's
         self.driver.allocated -= 1
@@ -113,12 +114,13 @@ class FakeCuda:
 
     def __init__(self, kernels=PLAIN_KERNELS):
         self.stream, self.allocated, self.kernels = Stream(), 0, kernels
+        self.threads = set()
 
     def install(self, monkeypatch):
         driver = SimpleNamespace(CUstream=int, cuMemcpyAsync=self.copy)
         core = SimpleNamespace(
             Device=lambda ordinal: SimpleNamespace(  # noqa: ARG005  # the driver's
-                set_current=lambda: None,
+                set_current=lambda: self.threads.add(threading.get_ident()),
                 create_stream=lambda: self.stream,
                 arch="90",
                 allocate=lambda size, stream: Memory(self, size),  # noqa: ARG005

@@ -81,6 +81,19 @@ def test_zeros_are_zeros_on_both_sides(device):
     assert not fetched(device, array).any()
 
 
+def test_entries_of_a_pitched_array_are_aligned_and_move_with_their_gaps(device):
+    array = device.pitched((3, 2, 5), np.float32)
+    for row in array:
+        assert row.flags.c_contiguous
+        assert device.address(row) % 256 == 0
+    values = np.random.default_rng(0).standard_normal(array.shape)
+    array[...] = values
+    device.upload(array)()
+    device.wait()
+    array[...] = 0
+    np.testing.assert_array_equal(fetched(device, array), values.astype(np.float32))
+
+
 def test_views_are_copied_with_their_strides(device):
     path, state = device.zeros((4, 6, 3), np.float32), filled(device, 6, 2, 3)
     expected = np.array(state[:, 1])

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_cuda import FakeCuda
 
 import specdec_rt
 from specdec_rt import BackendError, Pipeline, UsageError
+from specdec_rt.backends import availability
 from specdec_rt.backends.availability import Availability, gpu
 from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
 from specdec_rt.build import select
-from specdec_rt.build.recipe import default_recipe
+from specdec_rt.build.cache import EngineCache
+from specdec_rt.build.recipe import default_recipe, read_recipe
 from specdec_rt.bundle import load_bundle
 from specdec_rt.engine import Limits
 
@@ -29,9 +32,41 @@ def test_without_a_driver_a_gpus_backend_says_so(backend):
         specdec_rt.load(backend=backend)
 
 
-def test_auto_takes_the_best_that_works(bundle, monkeypatch):
-    monkeypatch.setattr(select, "pick_auto", lambda: Availability("onnxruntime", True, "runs on the CPU", "1"))
+@pytest.fixture
+def promising(monkeypatch):
+    """Every backend says that it can run; what a GPU takes is a fake."""
+    monkeypatch.setattr(select, "check", lambda backend: Availability(backend, True, "", "1"))
+    monkeypatch.setattr(availability, "gpu", lambda: None)
+    FakeCuda().install(monkeypatch)
+
+
+@pytest.mark.usefixtures("promising")
+def test_auto_passes_over_what_only_seems_to_work(bundle, monkeypatch, caplog):
+    def fails(*_, **__):
+        raise BackendError("the GPU is on fire")
+
+    monkeypatch.setattr(select, "_on_gpu", fails)
     assert select.open_backend(bundle).name == "onnxruntime"
+    assert caplog.text.count("the GPU is on fire") == 3
+
+
+@pytest.mark.usefixtures("promising")
+def test_a_gpus_limits_and_graphs_are_the_recipes(bundle, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    recipe = read_recipe(RECIPES / "rtx.toml")
+    cache = EngineCache(tmp_path)
+    backend = select.open_backend(bundle, recipe=recipe, cache=cache)
+    assert (backend.name, backend.limits) == ("tensorrt-rtx", Limits(batch_size=16, draft_length=4))
+    assert backend.device.graphs
+    assert not select.open_backend(bundle, recipe=recipe, cache=cache, cuda_graph=False).device.graphs
+
+
+@pytest.mark.usefixtures("promising")
+def test_onnx_runtimes_graphs_take_any_size_and_capture_themselves(bundle):
+    backend = select.open_backend(bundle, "cuda")
+    assert backend.limits == Limits()
+    assert (backend.graphs, backend.device.graphs) == (True, False)
+    assert not select.open_backend(bundle, "cuda", cuda_graph=False).graphs
 
 
 def test_a_recipe_names_its_backend(bundle):
@@ -40,8 +75,8 @@ def test_a_recipe_names_its_backend(bundle):
         select.open_backend(bundle, "cuda", recipe=default_recipe("onnxruntime"))
 
 
-def test_threads_are_the_cpus(bundle, monkeypatch):
-    monkeypatch.setattr(select, "check", lambda backend: Availability(backend, True, "", "1"))
+@pytest.mark.usefixtures("promising")
+def test_threads_are_the_cpus(bundle):
     with pytest.raises(UsageError, match="threads is 2, but backend 'cuda' does not run on the CPU"):
         select.open_backend(bundle, "cuda", threads=2)
 
@@ -73,5 +108,7 @@ def test_engines_built_for_less_are_not_asked_for_more(bundle):
         UsageError, match=r"draft_length is 5, but the engines .* are built for 3 at most: take a recipe"
     ):
         pipeline.generate([1], draft_length=5)
-    with pytest.raises(UsageError, match="batch_size is 3; expected a whole number from 1 to 2"):
+    with pytest.raises(
+        UsageError, match=r"batch_size is 3, but the engines .* for 2 at most: take a recipe with larger batch_buckets"
+    ):
         pipeline.generate([1], batch_size=3)

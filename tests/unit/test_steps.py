@@ -1,12 +1,14 @@
 """The steps of decoding on a device with memory of its own: nothing is forgotten, nothing comes too early."""
 
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from fake_cuda import FakeBackend, FakeCuda
 
-from specdec_rt import Pipeline, load
+from specdec_rt import BackendError, DecodeOptions, Pipeline, load
 from specdec_rt.backends.cuda import CudaDevice
 from specdec_rt.bundle import load_bundle
 
@@ -25,7 +27,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def host():
-    return {name: load(name) for name in ("digits", "digits-mar")}
+    return {name: load(name, backend="onnxruntime") for name in ("digits", "digits-mar")}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,23 @@ def test_a_second_request_allocates_nothing_new(cuda, gpu, name):
     assert cuda.allocated == before
     # Every round replays the draft block and the verification, and most of them a completion.
     assert cuda.stream.launches - launches >= 2 * result.stats.rounds / 3
+
+
+def test_a_request_makes_the_device_its_own_threads(cuda, gpu):
+    with ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(threading.get_ident).result()
+        pool.submit(gpu["digits"].generate, [3], mode="draft").result()
+    assert thread in cuda.threads
+
+
+def test_values_that_are_not_finite_are_told_whatever_the_step(cuda):
+    """An engine whose completions are broken, and nothing else."""
+    pipeline = Pipeline(load_bundle("digits"), FakeBackend(cuda.device))
+    steps = pipeline.session(DecodeOptions()).steps
+    complete = steps.complete
+    steps.complete = lambda rows, guidance, start, *rest: complete(rows, guidance, start * np.nan, *rest)
+    with pytest.raises(BackendError, match="denoise_step engine returned values that are not finite"):
+        pipeline.generate([3, 1, 4, 1], seed=7)
 
 
 def test_a_forgotten_upload_is_seen(host, monkeypatch):

@@ -312,3 +312,25 @@ def test_without_a_driver_engines_are_not_loaded(flavour, time_embedding):
     plan = build_plan(flavour, time_embedding, STEPS, settings=SETTINGS).plan
     with pytest.raises(BackendError, match=r"cannot load an engine: .*driver.*specdec-rt doctor"):
         deserialise(flavour, plan)
+
+
+def test_builds_leave_out_tf32_and_plans_run_no_host_code(monkeypatch):
+    """Neither shows on a machine without a GPU: seen where the module is told."""
+    flavour = probe("tensorrt-rtx")
+    trt = flavour.module
+    config = trt.Builder(wrapper._logger(trt)).create_builder_config()
+    assert config.get_flag(trt.BuilderFlag.TF32)
+    wrapper._configure(flavour, config, BuildSettings())
+    assert not config.get_flag(trt.BuilderFlag.TF32)
+
+    class Runtime:
+        engine_host_code_allowed = True
+
+        def __init__(self, logger):
+            pass
+
+        def deserialize_cuda_engine(self, plan):
+            return plan, self.engine_host_code_allowed
+
+    monkeypatch.setattr(trt, "Runtime", Runtime)
+    assert deserialise(flavour, b"plan") == (b"plan", False)
