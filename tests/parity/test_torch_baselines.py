@@ -20,7 +20,10 @@ def target(request):
     return pipeline, options, pipeline.generate(LABELS, seed=SEED, mode="target", **options).tokens
 
 
-@pytest.mark.parametrize("style", ["eager", "cached", "hoisted", pytest.param("compiled", marks=pytest.mark.full)])
+COMPILED = [pytest.mark.full, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch's own use of its names
+
+
+@pytest.mark.parametrize("style", ["eager", "cached", "hoisted", pytest.param("compiled", marks=COMPILED)])
 def test_a_baseline_draws_the_runtimes_tokens(target, style):
     pipeline, options, tokens = target
     baseline = build_baseline(pipeline.bundle, style, Request(**options))
