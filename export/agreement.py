@@ -79,33 +79,26 @@ def _run(
 
 def require_agreement(path: Path, found: Sequence[Array], expected: Sequence[Array]) -> float:
     """The largest relative L2 error of the graph's outputs; ParityError where it is over TOLERANCE (or no number)."""
-    error = _largest_error(found, expected)
-    if not error <= TOLERANCE:
-        raise ParityError(
-            f"{path.name} differs from torch by {error:.2e} (relative L2); at most {TOLERANCE} is allowed"
-        )
-    return error
+    return _require(found, expected, TOLERANCE, f"{path.name} differs from torch")
 
 
 def require_precision(path: Path, found: Sequence[Array], unrounded: Sequence[Array], precision: Precision) -> float:
     """The same against the model before its weights were rounded to `precision`, with that precision's tolerance."""
-    error, limit = _largest_error(found, unrounded), PRECISION_TOLERANCE[precision]
-    if not error <= limit:
-        raise ParityError(
-            f"{path.name} with weights in {precision} differs from the unrounded model by {error:.2e} (relative L2); "
-            f"at most {limit} is allowed; store them in single precision: --precision fp32"
-        )
-    return error
+    said = f"{path.name} with weights in {precision} differs from the unrounded model"
+    mend = "; store them in single precision: --precision fp32"
+    return _require(found, unrounded, PRECISION_TOLERANCE[precision], said, mend)
 
 
 def require_variant(path: Path, found: Sequence[Array], expected: Sequence[Array], precision: Precision) -> float:
     """The same of a graph that computes in `precision` against one that does not, with that precision's tolerance."""
-    error, limit = _largest_error(found, expected), PRECISION_TOLERANCE[precision]
+    said, mend = f"{path.name} differs from single precision", f"; leave {precision} out of --compute"
+    return _require(found, expected, PRECISION_TOLERANCE[precision], said, mend)
+
+
+def _require(found: Sequence[Array], expected: Sequence[Array], limit: float, said: str, mend: str = "") -> float:
+    error = _largest_error(found, expected)
     if not error <= limit:
-        raise ParityError(
-            f"{path.name} differs from single precision by {error:.2e} (relative L2); at most {limit} is allowed; "
-            f"leave {precision} out of --compute"
-        )
+        raise ParityError(f"{said} by {error:.2e} (relative L2); at most {limit} is allowed{mend}")
     return error
 
 

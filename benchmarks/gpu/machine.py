@@ -10,22 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from specdec_rt import doctor
 from specdec_rt.backends.availability import driver
 from specdec_rt.backends.installed import installed_version
 from specdec_rt.errors import BackendError
 
 __all__ = ["machine_record", "write_json"]
 
-PACKAGES = {
-    "torch": ("torch",),
-    "onnxruntime-gpu": ("onnxruntime-gpu",),
-    "onnxruntime": ("onnxruntime",),
-    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
-    "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
-    "cuda-core": ("cuda-core",),
-    "cuda-bindings": ("cuda-bindings",),
-    "numpy": ("numpy",),
-}
+PACKAGES = {"torch": ("torch",), **doctor.PACKAGES}
 """Names under which each is packaged."""
 
 
