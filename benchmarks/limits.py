@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.causal import CausalPair, read_pair
-from export.graphs import CausalBackboneGraph, DenoiseStepGraph, LogDensityGraph, MarBackboneGraph
+from export.graphs import CausalBackboneGraph, DenoiseStepGraph, LogDensityGraph, MarBackboneGraph, ModulationGraph
 from export.mar_models import MarPair, read_mar_pair
 from export.models.causal import CausalModel
 from export.models.mar import Mar, MarBackbone
@@ -82,7 +82,7 @@ def graph_limits(
     for slot in graph_slots(manifest):
         if slot.name in (None, GraphName.TIME_EMBEDDING):
             continue  # called once an image, or once for all
-        for x, y in _shapes(slot, manifest.family, batch, draft_length, manifest.tokens):
+        for x, y in _shapes(slot, manifest.family, batch, draft_length, manifest.tokens, chain):
             sizes = graph_sizes(pipeline, branches=branches, chain=chain, x=x, y=y)
             work = graph_work(pair, slot, sizes)
             seconds = time_call(pipeline, bind_graph(pipeline, slot, sizes)).p50
@@ -104,11 +104,15 @@ def graph_limits(
     return rows
 
 
-def _shapes(slot: GraphSlot, family: str, batch: int, draft_length: int, tokens: int) -> list[tuple[int, int]]:
+def _shapes(
+    slot: GraphSlot, family: str, batch: int, draft_length: int, tokens: int, chain: int
+) -> list[tuple[int, int]]:
     if slot.name is GraphName.BACKBONE:
         verify = (batch, draft_length) if family == "causal" else (batch * draft_length, tokens // 2)
         single = (batch, 1 if family == "causal" else tokens // 2)
         return [single, verify] if slot.owner == "target" and verify != single else [single]
+    if slot.name is GraphName.MODULATION:
+        return [(batch, chain)]
     return [(batch * draft_length if slot.name is GraphName.LOG_DENSITY else batch, 1)]
 
 
@@ -118,7 +122,7 @@ def graph_work(pair: CausalPair | MarPair, slot: GraphSlot, sizes: Mapping[str, 
     weights = 4 * sum(
         parameter.numel()
         for name, part in module.named_modules()
-        if not isinstance(part, nn.Embedding) and "time_embed" not in name
+        if not isinstance(part, nn.Embedding) and _multiplies(slot.name, name)
         for parameter in part.parameters(recurse=False)
     )
     bindings = [(binding, False) for binding in slot.graph.inputs] + [(binding, True) for binding in slot.graph.outputs]
@@ -127,6 +131,12 @@ def graph_work(pair: CausalPair | MarPair, slot: GraphSlot, sizes: Mapping[str, 
         module(*_arguments(slot, sizes))
     operations = counter.get_total_flops()
     return {"weight_bytes": weights, "state_bytes": state, "bytes": weights + state, "operations": operations}
+
+
+def _multiplies(graph: GraphName | None, part: str) -> bool:
+    """Whether a graph multiplies with the weights of a part of its module: a head's graphs share one module."""
+    of_condition = "adaLN_modulation" in part or "cond_embed" in part
+    return "time_embed" not in part and graph is not (GraphName.DENOISE_STEP if of_condition else GraphName.MODULATION)
 
 
 def _state_bytes(binding: Binding, sizes: Mapping[str, int], *, written: bool) -> int:
@@ -142,6 +152,8 @@ def _module(pair: CausalPair | MarPair, slot: GraphSlot) -> nn.Module:
             return MarBackboneGraph(_without_head(model))
         return CausalBackboneGraph(model.backbone if isinstance(model, CausalModel) else model)
     assert isinstance(model, Mar | CausalModel)
+    if slot.name is GraphName.MODULATION:
+        return ModulationGraph(model.head)
     kind = DenoiseStepGraph if slot.name is GraphName.DENOISE_STEP else LogDensityGraph
     return kind(model.head, learned_variance=pair.chain.variance == "learned")
 

@@ -22,11 +22,11 @@ from export.agreement import (
     torch_outputs,
     variant_outputs,
 )
-from export.graphs import DenoiseStepGraph, LogDensityGraph, TimeEmbeddingGraph
+from export.graphs import DenoiseStepGraph, LogDensityGraph, ModulationGraph, TimeEmbeddingGraph
 from export.models.head import DiffusionHead
 from export.precision import write_variant
 from export.to_onnx import WeightsFile, export_graph, save_weights
-from specdec_rt.bundle import file_sha256, load_bundle
+from specdec_rt.bundle import SCHEMA_VERSION, file_sha256, load_bundle
 from specdec_rt.errors import OutputError
 from specdec_rt.manifest import (
     MANIFEST,
@@ -62,7 +62,7 @@ __all__ = [
     "write_contents",
 ]
 
-EXAMPLE_IMAGES, EXAMPLE_INPUTS, EXAMPLE_ROWS, EXAMPLE_STEPS, EXAMPLE_BRANCHES = 3, 4, 5, 6, 2
+EXAMPLE_IMAGES, EXAMPLE_INPUTS, EXAMPLE_ROWS, EXAMPLE_STEPS, EXAMPLE_PAIRS, EXAMPLE_BRANCHES = 3, 4, 5, 6, 8, 2
 """Sizes of the inputs that graphs are traced and compared on: no two alike, none 0 or 1."""
 
 
@@ -240,7 +240,7 @@ class _Writer:
         if self._variants:
             figures["relative_error_of_variants"] = self._variants
         return Manifest(
-            schema_version=1,
+            schema_version=SCHEMA_VERSION,
             name=contents.name,
             family=contents.family,
             precision=self._precision,
@@ -340,22 +340,25 @@ def _head_sources(
     if learned:
         coefficients[:, 2:] = coefficients[:, 2:].abs()
         coefficients[-1, 2:] = 0  # as in the last transition of a stock chain
-    shared = [
-        normal(EXAMPLE_BRANCHES, EXAMPLE_ROWS, record.z_dim),
-        normal(EXAMPLE_BRANCHES, EXAMPLE_ROWS),
-        normal(EXAMPLE_STEPS, head.width),
-        coefficients,
-    ]
+    z = normal(EXAMPLE_BRANCHES, EXAMPLE_ROWS, record.z_dim)
+    guidance = normal(EXAMPLE_BRANCHES, EXAMPLE_ROWS)
+    time_table = normal(EXAMPLE_STEPS, head.width)
+    modulation = normal(EXAMPLE_ROWS, EXAMPLE_BRANCHES, head.modulation_width)
+    pairs = torch.arange(EXAMPLE_PAIRS)
     step = torch.arange(EXAMPLE_STEPS - EXAMPLE_ROWS, EXAMPLE_STEPS)
     return {
         GraphName.TIME_EMBEDDING: (TimeEmbeddingGraph(head), [torch.arange(0, 900, 150)]),
+        GraphName.MODULATION: (
+            ModulationGraph(head),
+            [z, pairs % EXAMPLE_ROWS, time_table, pairs % EXAMPLE_STEPS],
+        ),
         GraphName.DENOISE_STEP: (
             DenoiseStepGraph(head, learned_variance=learned),
-            [normal(EXAMPLE_ROWS, dim), *shared, step, normal(EXAMPLE_ROWS, dim)],
+            [normal(EXAMPLE_ROWS, dim), modulation, guidance, coefficients, step, normal(EXAMPLE_ROWS, dim)],
         ),
         GraphName.LOG_DENSITY: (
             LogDensityGraph(head, learned_variance=learned),
-            [normal(EXAMPLE_ROWS, EXAMPLE_STEPS + 1, dim), *shared],
+            [normal(EXAMPLE_ROWS, EXAMPLE_STEPS + 1, dim), z, guidance, time_table, coefficients],
         ),
     }
 

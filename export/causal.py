@@ -120,6 +120,7 @@ def _contents(model: CausalModel | CausalBackbone) -> ModelContents:
             z_dim=backbone.z_dim,
             head="target" if head is None else "own",
             head_width=None if head is None else head.width,
+            modulation_width=None if head is None else head.modulation_width,
             cache=cache,
             graphs={},
         ),

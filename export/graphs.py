@@ -1,4 +1,8 @@
-"""The graphs that engines are made of, as torch modules whose arguments follow the binding contract."""
+"""The graphs that engines are made of, as torch modules whose arguments follow the binding contract.
+
+Rows are laid out flat, `[rows, width]`: a linear layer on two dimensions becomes one Gemm, bias included, where
+on three it would be a MatMul and an Add.
+"""
 
 import math
 
@@ -16,6 +20,7 @@ __all__ = [
     "DenoiseStepGraph",
     "LogDensityGraph",
     "MarBackboneGraph",
+    "ModulationGraph",
     "TimeEmbeddingGraph",
 ]
 
@@ -41,7 +46,7 @@ class CausalBackboneGraph(nn.Module):
         place = position[:, None] + torch.arange(tokens.shape[1])  # [B, N]
         clipped = place.clamp(max=model.size.tokens - 1)  # past the end lie only drafts that nobody will read
         embedded = torch.where((place == 0)[..., None], model.label_embed(label)[:, None], model.token_embed(tokens))
-        hidden = embedded + model.position_in[clipped]
+        hidden = (embedded + model.position_in[clipped]).flatten(0, 1)  # [B N, W]
         hides = torch.arange(slots) > place[..., None]  # [B, N, S]
         mask = torch.where(hides, -torch.inf, 0.0)[:, None]
         updated: list[Tensor] = []
@@ -51,20 +56,22 @@ class CausalBackboneGraph(nn.Module):
             updated += [key, value]
             hidden = hidden + attended
             hidden = hidden + block.mlp(block.norm2(hidden))
-        z = model.adapter(model.norm(hidden) + model.position_out[clipped])
-        return z, *updated
+        z = model.adapter(model.norm(hidden) + model.position_out[clipped].flatten(0, 1))
+        return z.reshape(*tokens.shape[:2], -1), *updated
 
     @staticmethod
     def _attend(
         attention: Attention, hidden: Tensor, place: Tensor, mask: Tensor, key_cache: Tensor, value_cache: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = attention.split(hidden)  # [B, H, N, Dh]
+        rows = (*place.shape, attention.heads, -1)
+        query, key, value = (part.reshape(rows).transpose(1, 2) for part in attention.qkv(hidden).chunk(3, dim=-1))
         index = place[:, None, :, None].expand_as(key)
         key_cache = key_cache.scatter(2, index, key)
         value_cache = value_cache.scatter(2, index, value)
         # Written out: fused Attention nodes are not portable between backends.
         scores = query @ key_cache.transpose(2, 3) * query.shape[-1] ** -0.5 + mask
-        return attention.merge(scores.softmax(dim=-1) @ value_cache), key_cache, value_cache
+        attended = (scores.softmax(dim=-1) @ value_cache).transpose(1, 2)  # [B, N, H, Dh]
+        return attention.proj(attended.reshape(hidden.shape)), key_cache, value_cache
 
 
 class MarBackboneGraph(nn.Module):
@@ -98,16 +105,12 @@ class _HeadGraph(nn.Module):
         self.head = head
         self.learned_variance = learned_variance
 
-    def _predict(self, state: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Every branch's ε̂ `[G, ..., D]`, and v `[..., D]` where variances are learned: the first branch's alone.
-
-        `state [G, ..., D]`, `condition [G, ..., W]`. MAR guides ε̂ and takes v as the first branch gives it.
-        """
-        prediction = self.head(state, condition)
+    def _split(self, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a head gives of every branch: its ε̂, and v where variances are learned."""
         if not self.head.learned_variance:
             return prediction, None
         epsilon, share = prediction.chunk(2, dim=-1)
-        return epsilon, share[0] if self.learned_variance else None
+        return epsilon, share if self.learned_variance else None
 
 
 def _learned_std(std: Tensor, log_std_range: Tensor, share: Tensor) -> Tensor:
@@ -115,27 +118,46 @@ def _learned_std(std: Tensor, log_std_range: Tensor, share: Tensor) -> Tensor:
     return std * torch.exp(log_std_range * (share + 1) / 2)
 
 
+class ModulationGraph(nn.Module):
+    """`modulation`: what the conditions `z [G, R, Z]` make of the head at some steps of each row's chain.
+
+    Output i is row `row[i]`'s at the step that `time_table` has in place `step[i]`, in every branch.
+    """
+
+    def __init__(self, head: DiffusionHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, z: Tensor, row: Tensor, time_table: Tensor, step: Tensor) -> Tensor:
+        conditions = self.head.cond_embed(z)[:, row].transpose(0, 1)  # [P, G, W]
+        conditions = time_table[step][:, None] + conditions
+        return self.head.modulation(conditions.flatten(0, 1)).reshape(*conditions.shape[:2], -1)
+
+
 class DenoiseStepGraph(_HeadGraph):
-    """`denoise_step`: one transition of each row's chain: the next state, and the mean (and learned std) it is from."""
+    """`denoise_step`: one transition of each row's chain: the next state, and the mean (and learned std) it is from.
+
+    MAR guides ε̂ and takes v as the first branch gives it.
+    """
 
     def forward(
         self,
         state: Tensor,
-        z: Tensor,
+        modulation: Tensor,
         guidance: Tensor,
-        time_table: Tensor,
         coefficients: Tensor,
         step: Tensor,
         noise: Tensor,
     ) -> tuple[Tensor, ...]:
-        condition = time_table[step] + self.head.cond_embed(z)  # [G, R, W]
-        prediction, share = self._predict(state.expand(z.shape[0], -1, -1), condition)
-        epsilon = (guidance[..., None] * prediction).sum(0)
-        of_state, of_epsilon, std, log_std_range = coefficients[step][..., None].unbind(1)  # each [R, 1]
+        rows, branches, _ = modulation.shape
+        states = state[:, None].expand(-1, branches, -1).flatten(0, 1)  # [R G, D]
+        prediction, shares = self._split(self.head.modulated(states, modulation.flatten(0, 1)))
+        epsilon = (guidance.transpose(0, 1)[:, None] @ prediction.reshape(rows, branches, -1))[:, 0]
+        of_state, of_epsilon, std, log_std_range = coefficients[step].split(1, dim=1)
         mean = of_state * state + of_epsilon * epsilon
-        if share is None:
+        if shares is None:
             return mean + std * noise, mean
-        std = _learned_std(std, log_std_range, share)
+        std = _learned_std(std, log_std_range, shares.reshape(rows, branches, -1)[:, 0])
         return mean + std * noise, mean, std
 
 
@@ -147,12 +169,15 @@ class LogDensityGraph(_HeadGraph):
     ) -> tuple[Tensor, ...]:
         state = path[:, :-1]  # [R, n, D]
         condition = time_table + self.head.cond_embed(z)[:, :, None]  # [G, R, n, W]
-        prediction, share = self._predict(state.expand(z.shape[0], -1, -1, -1), condition)
-        epsilon = (guidance[..., None, None] * prediction).sum(0)
+        states = state.expand(z.shape[0], -1, -1, -1).flatten(0, 2)
+        prediction, shares = self._split(self.head(states, condition.flatten(0, 2)))
+        epsilon = (guidance[..., None, None] * prediction.reshape(-1, *state.shape)).sum(0)
         mean = coefficients[:, 0, None] * state + coefficients[:, 1, None] * epsilon
-        if share is None:
+        if shares is None:
             return (mean,)
-        return mean, _learned_std(coefficients[:, 2, None], coefficients[:, 3, None], share)
+        return mean, _learned_std(
+            coefficients[:, 2, None], coefficients[:, 3, None], shares.reshape(-1, *state.shape)[0]
+        )
 
 
 class DecoderGraph(nn.Module):

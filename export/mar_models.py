@@ -138,6 +138,7 @@ def _contents(model: MarBackbone) -> ModelContents:
             z_dim=model.z_dim,
             head="target" if head is None else "own",
             head_width=None if head is None else head.width,
+            modulation_width=None if head is None else head.modulation_width,
             cache=None,
             graphs={},
         ),

@@ -192,19 +192,23 @@ class _Replay:
         state = self.reference.floats("head_x", rows, manifest.token_dim)
         z = self.reference.floats("head_c", rows, record.z_dim)
         assert record.head_width is not None
+        assert record.modulation_width is not None
         table = np.empty((len(state), record.head_width), np.float32)
         self.pipeline.engine(record, GraphName.TIME_EMBEDDING).bind({"timestep": timestep}, {"time_table": table})()
         outputs = {name: np.empty_like(state) for name in ("next_state", "mean")}
         engine = self.pipeline.engine(record, GraphName.DENOISE_STEP)
         if "std" in engine.outputs:
             outputs["std"] = np.empty_like(state)
+        row = np.arange(len(state))
+        modulation = np.empty((len(state), 1, record.modulation_width), np.float32)
+        make = self.pipeline.engine(record, GraphName.MODULATION)
+        make.bind({"z": z[None], "row": row, "time_table": table, "step": row}, {"modulation": modulation})()
         inputs = {
             "state": state,
-            "z": z[None],
+            "modulation": modulation,
             "guidance": np.ones((1, len(state)), np.float32),
-            "time_table": table,
             "coefficients": coefficients.astype(np.float32),
-            "step": np.arange(len(state)),
+            "step": row,
             "noise": np.zeros_like(state),
         }
         engine.bind(inputs, outputs)()

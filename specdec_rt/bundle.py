@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -27,7 +28,7 @@ from specdec_rt.manifest import (
 
 __all__ = ["SCHEMA_VERSION", "Bundle", "embedded_bundles", "file_sha256", "load_bundle"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 2
 RESERVED = (SELF_DRAFT, "target")
 """Names that no draft of a bundle may have."""
 
@@ -167,8 +168,9 @@ def _check_image(path: Path, manifest: Manifest) -> None:
 def _check_model(path: Path, manifest: Manifest, name: str | None) -> None:
     model = manifest.model(name)
     owner = "target" if name is None else f"drafts.{name}"
-    if (model.head_width is None) != (model.head == "target"):
-        raise BundleError(f"{path}: {owner}.head is {model.head!r} but its head_width is {model.head_width}")
+    for field, width in (("head_width", model.head_width), ("modulation_width", model.modulation_width)):
+        if (width is None) != (model.head == "target"):
+            raise BundleError(f"{path}: {owner}.head is {model.head!r} but its {field} is {width}")
     if model.head == "target" and model.z_dim != manifest.target.z_dim:
         raise BundleError(
             f"{path}: {owner} drives the target's head but its z_dim is {model.z_dim}, not {manifest.target.z_dim}"

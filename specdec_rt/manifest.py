@@ -41,11 +41,12 @@ class GraphName(StrEnum):
 
     BACKBONE = "backbone"
     TIME_EMBEDDING = "time_embedding"
+    MODULATION = "modulation"
     DENOISE_STEP = "denoise_step"
     LOG_DENSITY = "log_density"
 
 
-HEAD_GRAPHS = (GraphName.TIME_EMBEDDING, GraphName.DENOISE_STEP, GraphName.LOG_DENSITY)
+HEAD_GRAPHS = (GraphName.TIME_EMBEDDING, GraphName.MODULATION, GraphName.DENOISE_STEP, GraphName.LOG_DENSITY)
 
 
 class _Record(BaseModel):
@@ -88,6 +89,8 @@ class Model(_Record):
     head: Literal["own", "target"]
     head_width: int | None = Field(ge=1)
     """W, values in a row of the time table; None where the head is the target's"""
+    modulation_width: int | None = Field(ge=1)
+    """M, values that a condition makes of the head at one step; None where the head is the target's"""
     cache: CacheShape | None
     """None in a family without caches"""
     graphs: dict[GraphName, Graph]
@@ -139,7 +142,7 @@ class Dimensions:
 class Manifest(_Record):
     """`manifest.json`."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: str
     family: Family
     precision: Precision
@@ -200,29 +203,32 @@ def graph_bindings(name: GraphName, model: Model, dimensions: Dimensions) -> Bin
 
     In `denoise_step` and `log_density` the rows' prediction is the sum over the G guidance branches of
     `guidance[g] ε̂(z[g])`; `coefficients` is `Chain.coefficients`, `time_table` holds `time_embedding`
-    of each of the chain's n steps. `std` stands only where variances are learned: σ of each value, which
-    the first branch alone decides (as in MAR).
+    of each of the chain's n steps. `modulation` makes what P pairs of a row and a step need of z and time.
+    `std` stands only where variances are learned: σ of each value, which the first branch alone decides
+    (as in MAR).
     """
     dim = dimensions.token_dim
     width = model.head_width or 0  # a model without a head has no graph that needs it
-    shared = (
-        _floats("z", "G", "R", model.z_dim),
-        _floats("guidance", "G", "R"),
-        _floats("time_table", "n", width),
-        _floats("coefficients", "n", 4),
-    )
+    z, guidance = _floats("z", "G", "R", model.z_dim), _floats("guidance", "G", "R")
+    time_table, coefficients = _floats("time_table", "n", width), _floats("coefficients", "n", 4)
     match name:
         case GraphName.BACKBONE:
             return _backbone_bindings(model, dimensions)
         case GraphName.TIME_EMBEDDING:
             return (_ints("timestep", "n"),), (_floats("time_table", "n", width),)
+        case GraphName.MODULATION:
+            pairs = _ints("row", "P"), time_table, _ints("step", "P")
+            return (z, *pairs), (_floats("modulation", "P", "G", model.modulation_width or 0),)
         case GraphName.DENOISE_STEP:
             std = (_floats("std", "R", dim),) if dimensions.learned_variance else ()
-            inputs = (_floats("state", "R", dim), *shared, _ints("step", "R"), _floats("noise", "R", dim))
-            return inputs, (_floats("next_state", "R", dim), _floats("mean", "R", dim), *std)
+            made = _floats("modulation", "R", "G", model.modulation_width or 0)
+            state, noise = _floats("state", "R", dim), _floats("noise", "R", dim)
+            drawn = _floats("next_state", "R", dim), _floats("mean", "R", dim), *std
+            return (state, made, guidance, coefficients, _ints("step", "R"), noise), drawn
         case GraphName.LOG_DENSITY:
             std = (_floats("std", "R", "n", dim),) if dimensions.learned_variance else ()
-            return (_floats("path", "R", "n_plus_1", dim), *shared), (_floats("mean", "R", "n", dim), *std)
+            path = _floats("path", "R", "n_plus_1", dim)
+            return (path, z, guidance, time_table, coefficients), (_floats("mean", "R", "n", dim), *std)
 
 
 def _backbone_bindings(model: Model, dimensions: Dimensions) -> Bindings:

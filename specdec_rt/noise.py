@@ -5,9 +5,9 @@ their order, nor on the draft length. numpy guarantees the raw stream of a bit g
 not its distributions (NEP 19): uniforms and normals are made here from the raw stream.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -50,6 +50,10 @@ class NoiseSource:
 
     seed: int
     """0 to 2**64 - 1"""
+    _streams: dict[Purpose, tuple[np.random.Philox, Any]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """each purpose's generator and its state: to make one takes longer than a token's draws"""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.seed, int | np.integer) and 0 <= self.seed < 2**64):
@@ -77,8 +81,10 @@ class NoiseSource:
         self, image: IntArray, token: IntArray, purpose: Purpose, kind: int, count: int
     ) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
         """`[R, count]` raw words. `kind` keeps a purpose's normals and uniforms apart."""
-        generator = np.random.Philox(key=np.array([self.seed, purpose], dtype=np.uint64))
-        state = generator.state
+        if purpose not in self._streams:
+            made = np.random.Philox(key=np.array([self.seed, purpose], dtype=np.uint64))
+            self._streams[purpose] = made, made.state
+        generator, state = self._streams[purpose]
         raw = np.empty((len(image), count), dtype=np.uint64)
         for row, token_key, image_key in zip(raw, token, image, strict=True):
             # Philox counts up from word 0, so streams that differ in words 1 to 3 never overlap.

@@ -331,16 +331,19 @@ class Pipeline:
     def _make_head(self, name: str | None, spec: ChainSpec) -> Head:
         record, chain = self.bundle.manifest.model(name), self._compiled(spec)
         assert record.head_width is not None  # the bundle was checked: this model has a head
+        assert record.modulation_width is not None
         device, embed = self.backend.device, self.engine(record, GraphName.TIME_EMBEDDING)
         table = run_once(device, embed, {"timestep": chain.timestep}, "time_table", (chain.length, record.head_width))
         return Head(
             device,
+            self.engine(record, GraphName.MODULATION),
             self.engine(record, GraphName.DENOISE_STEP),
             self.engine(record, GraphName.LOG_DENSITY),
             table,
             chain,
             self.bundle.manifest.token_dim,
             record.z_dim,
+            record.modulation_width,
         )
 
     def engine(self, record: ModelRecord, name: GraphName) -> Engine:

@@ -64,7 +64,7 @@ def _values(bundle: Bundle, binding: Binding, rng: np.random.Generator) -> Array
     chain = compile_chain(manifest.chain)
     tokens, n = manifest.tokens, chain.length
     known = max(tokens // 2, 1)
-    sizes = {"B": IMAGES, "N": STEPS, "S": tokens, "G": 2, "R": ROWS, "K": known, "Q": tokens - known}
+    sizes = {"B": IMAGES, "N": STEPS, "S": tokens, "G": 2, "R": ROWS, "P": ROWS, "K": known, "Q": tokens - known}
     sizes |= {"n": n, "n_plus_1": n + 1}
     shape = tuple(sizes[size] if isinstance(size, str) else size for size in binding.shape)
     match binding.name:
@@ -80,6 +80,8 @@ def _values(bundle: Bundle, binding: Binding, rng: np.random.Generator) -> Array
             return np.broadcast_to(np.arange(known) < max(known - 1, 1), shape).copy()
         case "timestep":
             return np.asarray(chain.timestep, np.int64)
+        case "row":
+            return np.arange(ROWS)[::-1].copy()
         case "step":
             return np.arange(ROWS) % n
         case "coefficients":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from export.causal import CausalPair, read_pair
-from export.graphs import DecoderGraph, DenoiseStepGraph, LogDensityGraph
+from export.graphs import DecoderGraph, DenoiseStepGraph, LogDensityGraph, ModulationGraph
 from export.mar_models import MarPair, read_mar_pair
 from export.models.causal import CausalBackbone, CausalModel
 from export.models.head import DiffusionHead
@@ -68,6 +68,8 @@ def _module(pair: CausalPair | MarPair, slot: GraphSlot, *, learned: bool) -> nn
     match slot.name:
         case GraphName.TIME_EMBEDDING:
             return _TimeEmbedding(head)
+        case GraphName.MODULATION:
+            return _Tuple(ModulationGraph(_casting(head)))
         case GraphName.DENOISE_STEP:
             return DenoiseStepGraph(_casting(head), learned_variance=learned)
         case GraphName.LOG_DENSITY:
@@ -162,6 +164,13 @@ class _CastingHead(DiffusionHead):
     def forward(self, state: Tensor, condition: Tensor) -> Tensor:
         dtype = self.cond_embed.weight.dtype
         return super().forward(state.to(dtype), condition.to(dtype)).float()
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        return super().modulation(condition.to(self.cond_embed.weight.dtype)).float()
+
+    def modulated(self, state: Tensor, modulation: Tensor) -> Tensor:
+        dtype = self.cond_embed.weight.dtype
+        return super().modulated(state.to(dtype), modulation.to(dtype)).float()
 
 
 def _casting(head: DiffusionHead) -> DiffusionHead:

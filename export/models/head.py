@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = ["DiffusionHead"]
 
@@ -38,7 +39,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(condition).chunk(3, dim=-1)
-        return hidden + gate * self.mlp(self.in_ln(hidden) * (1 + scale) + shift)
+        return self.modulated(hidden, shift, 1 + scale, gate)
+
+    def modulated(self, hidden: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """The block, given what the condition makes of it; `scale` is the whole factor."""
+        return hidden + gate * self.mlp(self.in_ln(hidden) * scale + shift)
 
 
 class FinalLayer(nn.Module):
@@ -52,7 +57,11 @@ class FinalLayer(nn.Module):
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(self.norm_final(hidden) * (1 + scale) + shift)
+        return self.modulated(hidden, shift, 1 + scale)
+
+    def modulated(self, hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """As `ResidualBlock.modulated`."""
+        return self.linear(self.norm_final(hidden) * scale + shift)
 
 
 class DiffusionHead(nn.Module):
@@ -92,3 +101,31 @@ class DiffusionHead(nn.Module):
         for block in self.res_blocks:
             hidden = block(hidden, condition)
         return self.final_layer(hidden, condition)
+
+    @property
+    def modulation_width(self) -> int:
+        """M, the values of `modulation`."""
+        return (3 * self.depth + 2) * self.width
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """`condition [..., W]` to `[..., M]`: every block's shift, factor and gate, then the last shift and factor.
+
+        They hold most of a head's weights, and do not depend on the state: a chain's are made in one product.
+        """
+        activated = F.silu(condition)
+        made = []
+        for layer in (*self.res_blocks, self.final_layer):
+            linear = layer.adaLN_modulation[1]
+            factor = torch.zeros_like(linear.bias)
+            factor[self.width : 2 * self.width] = 1
+            made.append(F.linear(activated, linear.weight, linear.bias + factor))
+        return torch.cat(made, dim=-1)
+
+    def modulated(self, state: Tensor, modulation: Tensor) -> Tensor:
+        """`forward`, given `modulation [..., M]`; the two broadcast."""
+        parts = modulation.split(self.width, dim=-1)
+        hidden = self.input_proj(state)
+        for index, block in enumerate(self.res_blocks):
+            assert isinstance(block, ResidualBlock)
+            hidden = block.modulated(hidden, *parts[3 * index : 3 * index + 3])
+        return self.final_layer.modulated(hidden, *parts[-2:])

@@ -61,10 +61,15 @@ class HostDevice:
 
     def combine(self, destination: Array, terms: Sequence[tuple[float, Array]]) -> BoundCall:
         """As in `engine.Device`."""
-        factors = [(np.float64(factor), array) for factor, array in terms]
+        (first_factor, first), *others = [(np.float64(factor), array) for factor, array in terms]
+        total, part = (np.empty(destination.shape) for _ in range(2))
 
         def call() -> None:
-            destination[...] = sum(factor * array for factor, array in factors)
+            np.multiply(first, first_factor, out=total)
+            for factor, array in others:
+                np.multiply(array, factor, out=part)
+                np.add(total, part, out=total)
+            np.copyto(destination, total, casting="same_kind")
 
         return call
 

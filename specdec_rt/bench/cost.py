@@ -52,6 +52,10 @@ class Costs(Protocol):
         """`contexts` images (in every guidance branch): `size` positions of each, or (MAR) so many known tokens."""
         ...
 
+    def modulation(self, owner: str, rows: int, steps: int) -> float:
+        """What the chains of so many tokens need of their conditions, for so many steps."""
+        ...
+
     def step(self, owner: str, rows: int) -> float:
         """One transition of the chains of so many tokens."""
         ...
@@ -200,6 +204,7 @@ class _Run:
         self.parts[part] += self._costs.backbone(owner, contexts, size)
 
     def _chain(self, owner: str, calls: int, rows: int) -> None:
+        self.parts[f"{owner}.modulation"] += self._costs.modulation(owner, rows, calls)
         self.parts[f"{owner}.denoise_step"] += calls * self._costs.step(owner, rows)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from specdec_rt.bench.cost import Interpolated
 from specdec_rt.bench.timing import Times
 from specdec_rt.build.builder import GraphSlot, graph_slots
-from specdec_rt.decode.chain import STATES_PER_CALL
+from specdec_rt.decode.chain import STATES_PER_CALL, modulation_places
 from specdec_rt.engine import BoundCall
 from specdec_rt.manifest import Binding, GraphName
 from specdec_rt.pipeline import Pipeline
@@ -39,6 +39,18 @@ class GraphTimes:
         if owner != "target" and self._share is not None:
             return self._share * self.backbone("target", contexts, size)
         return self._function(f"{owner}.backbone")(contexts, max(size, 1))
+
+    def modulation(self, owner: str, rows: int, steps: int) -> float:
+        """As in `cost.Costs`: in parts of as many steps as fit, the last of them smaller."""
+        model = self._slots[f"{owner}.modulation"].model
+        assert model is not None
+        assert model.modulation_width is not None
+        if not rows * steps:
+            return 0.0
+        places = modulation_places(rows, model.modulation_width, steps)
+        whole, rest = divmod(steps, places)
+        of = self._function(f"{owner}.modulation")
+        return whole * of(rows, places) + (of(rows, rest) if rest else 0.0)
 
     def step(self, owner: str, rows: int) -> float:
         """As in `cost.Costs`."""
@@ -74,9 +86,9 @@ class GraphTimes:
 
 
 def graph_sizes(pipeline: Pipeline, *, branches: int, chain: int, x: int, y: int) -> dict[str, int]:
-    """The letters of the graph's bindings; x counts images or tokens, y positions or known tokens of each."""
+    """The letters of the graph's bindings; x counts images or tokens, y positions, known tokens or steps of each."""
     tokens = pipeline.bundle.manifest.tokens
-    sizes = {"G": branches, "R": x, "n": chain, "n_plus_1": chain + 1}
+    sizes = {"G": branches, "R": x, "P": x * y, "n": chain, "n_plus_1": chain + 1}
     known = min(y, tokens)
     return {**sizes, "B": x * branches, "N": min(y, tokens), "S": tokens, "K": known, "Q": min(QUERIES, tokens)}
 

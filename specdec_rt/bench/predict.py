@@ -23,6 +23,9 @@ class _Free:
     def backbone(self, owner: str, contexts: int, size: int) -> float:  # noqa: ARG002  # the protocol's
         return 0.0
 
+    def modulation(self, owner: str, rows: int, steps: int) -> float:  # noqa: ARG002
+        return 0.0
+
     def step(self, owner: str, rows: int) -> float:  # noqa: ARG002
         return 0.0
 

@@ -13,6 +13,8 @@ __all__ = ["Profile", "graph_profile"]
 
 STATES_PER_CALL = 2**14
 """`decode.chain`'s: paths are judged so many states, times guidance branches, at a time."""
+MODULATION_VALUES = 2**24
+"""`decode.chain`'s: so much of a chain's modulation is made at a time."""
 PIXELS_PER_CALL = 2**19
 """`pixels`': a decoder is given tokens of so many pixels at a time."""
 BRANCHES = 2
@@ -81,6 +83,7 @@ class _Call:
         self._family = manifest.family
         self._tokens = manifest.tokens
         self._n = compile_chain(manifest.chain).length
+        self._modulation = model.modulation_width or 0
         self._middle, self._most = recipe.middle_batch, recipe.largest_batch
         self._drafted = min(recipe.draft_length, self._tokens)
         self._usual_steps = self._drafted if model == manifest.target else 1
@@ -97,14 +100,27 @@ class _Call:
                 return self._mar_sizes() if self._family == "mar" else self._causal_sizes()
             case GraphName.TIME_EMBEDDING:
                 return {"n": (1, n, n)}
+            case GraphName.MODULATION:
+                # Some steps of all rows of a chain, or one where there are many rows.
+                most = max(MODULATION_VALUES // (BRANCHES * self._modulation), self._most_rows)
+                usual = min(n * self._middle * self._set, most)
+                return {
+                    "G": branches,
+                    "R": (1, self._usual_rows, self._most_rows),
+                    "P": (1, usual, most),
+                    "n": (n, n, n),
+                }
             case GraphName.DENOISE_STEP:
                 # Mostly a chain's rows are those of one AR step; `paper` mode aligns a whole round at once.
-                rows = (1, min(self._middle * self._set, self._most_rows), self._most_rows)
-                return {"G": branches, "R": rows, "n": (n, n, n)}
+                return {"G": branches, "R": (1, self._usual_rows, self._most_rows), "n": (n, n, n)}
             case GraphName.LOG_DENSITY:
                 most = min(self._most_rows, max(STATES_PER_CALL // n, 1))  # as many as are judged where G is 1
                 rows = (1, min(self._middle * self._block, most), most)
                 return {"G": branches, "R": rows, "n": (n, n, n), "n_plus_1": (n + 1, n + 1, n + 1)}
+
+    @property
+    def _usual_rows(self) -> int:
+        return min(self._middle * self._set, self._most_rows)
 
     @cached_property
     def _most_rows(self) -> int:

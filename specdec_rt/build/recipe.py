@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 RecipeBackend = Literal["onnxruntime", "cuda", "tensorrt", "tensorrt-rtx"]
-RecipeGraph = Literal["backbone", "time_embedding", "denoise_step", "log_density", "decoder"]
+RecipeGraph = Literal["backbone", "time_embedding", "modulation", "denoise_step", "log_density", "decoder"]
 """The graphs of a model, and the bundle's decoder."""
 
 BACKENDS: tuple[RecipeBackend, ...] = ("onnxruntime", "cuda", "tensorrt", "tensorrt-rtx")
-GRAPHS: tuple[RecipeGraph, ...] = ("backbone", "time_embedding", "denoise_step", "log_density", "decoder")
+GRAPHS: tuple[RecipeGraph, ...] = get_args(RecipeGraph)
 
 _TENSORRT = ("tensorrt", "tensorrt-rtx")
 _MEANT_FOR: Mapping[str, tuple[str, ...]] = {
@@ -79,6 +79,7 @@ class PrecisionTable(_Table):
     """of every graph that the table does not name"""
     backbone: Precision | None = None
     time_embedding: Precision | None = None
+    modulation: Precision | None = None
     denoise_step: Precision | None = None
     log_density: Precision | None = None
     decoder: Precision | None = None

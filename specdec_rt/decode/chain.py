@@ -1,7 +1,7 @@
 """A diffusion head on its engines: chains sampled step by step, or judged in one batched call."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -11,10 +11,14 @@ from specdec_rt.errors import BackendError
 from specdec_rt.schedule import Chain
 from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
 
-__all__ = ["ChainBuffers", "DensityPart", "Head", "Trajectory", "require_finite"]
+__all__ = ["ChainBuffers", "ChainRun", "DensityPart", "Head", "Trajectory", "modulation_places", "require_finite"]
 
 STATES_PER_CALL = 2**14
 """States (a path's, in every guidance branch) verified at a time: activations take some 70 bytes × width each."""
+MODULATION_VALUES = 2**24
+"""Modulation made at a time (64 MiB): a chain's at once, or that of as many of its steps as fit."""
+BRANCHES = 2
+"""G at most."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class ChainBuffers:
-    """Static buffers of R chains, and the calls bound to them.
+    """Static buffers of R chains.
 
     Call i takes row r through transition `step[i, r]`: rows that begin late in the chain start with the
     others and are done before them.
@@ -51,19 +55,39 @@ class ChainBuffers:
     """`[n, R, D]`"""
     std: Array | None
     """`[n, R, D]`, where the chain learns it"""
-    calls: list[BoundCall]
-    """`[n]`"""
+    modulation: Array
+    """`[c, R, G, M]` for c steps at a time; all chains of a head share it, one after the other"""
+    bound: dict[tuple[int, int], BoundCall] = field(default_factory=dict)
+    """the call of each transition on each of those places"""
 
     @property
     def drawn(self) -> tuple[Array, ...]:
         """What a run of all calls leaves."""
         return (self.path, self.mean) if self.std is None else (self.path, self.mean, self.std)
 
+
+@dataclass(frozen=True, eq=False)
+class ChainRun:
+    """One way through the transitions of some buffers."""
+
+    buffers: ChainBuffers
+    parts: list[tuple[IntArray, Array]]
+    """transitions `[k]` whose modulation is made at once, and `[k R]` the step that each row is at in them"""
+    calls: list[BoundCall]
+
+    @property
+    def inputs(self) -> tuple[Array, ...]:
+        """What `begin_at` stages."""
+        return (self.buffers.step, *(steps for _, steps in self.parts))
+
     def begin_at(self, begin: IntArray | None) -> None:
         """Stage the transitions: all from the first one on, or row r from `begin[r]`."""
-        n = len(self.step)
+        staged = self.buffers.step
+        n = len(staged)
         step = np.arange(n)[:, None]
-        self.step[:] = step if begin is None else np.minimum(begin + step, n - 1)
+        staged[:] = step if begin is None else np.minimum(begin + step, n - 1)
+        for evaluated, steps in self.parts:
+            steps.reshape(len(evaluated), -1)[:] = staged[evaluated]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,18 +108,22 @@ class Head:
     def __init__(
         self,
         device: Device,
+        modulation: Engine,
         denoise_step: Engine,
         log_density: Engine,
         time_table: FloatArray,
         chain: Chain,
         token_dim: int,
         z_dim: int,
+        modulation_width: int,
     ) -> None:
         self.device = device
         self.chain = chain
         self.token_dim = token_dim
         self.z_dim = z_dim
         self.learned = chain.spec.variance == "learned"
+        self._modulation = modulation
+        self._modulation_width = modulation_width
         self._denoise_step = denoise_step
         self._log_density = log_density
         self._tables = {"time_table": time_table, "coefficients": chain.coefficients}
@@ -104,6 +132,8 @@ class Head:
             self._tables[name][:] = table
             device.upload(self._tables[name])()
         device.wait()
+        self._arena = np.zeros(0, np.float32)
+        """where modulation lies"""
         # A batch shrinks as its images finish: many shapes come by, the last used come again.
         self.buffers = lru_cache(maxsize=device.kept_shapes)(self._make_buffers)
         """`(branches, rows)` → the buffers of so many chains"""
@@ -111,24 +141,26 @@ class Head:
 
     # --- parts of a step, recorded with others ------------------------------------------------------
 
-    def run(
-        self, buffers: ChainBuffers, evaluate: BoolArray | None = None, length: int | None = None
-    ) -> list[BoundCall]:
-        """The calls of a chain, or of its first `length`.
+    def run(self, buffers: ChainBuffers, evaluate: BoolArray | None = None, length: int | None = None) -> ChainRun:
+        """A chain, or its first `length` transitions.
 
         Where `evaluate [n]` is False the head is not called: its last prediction of the clean token is held.
         """
-        if evaluate is None:
-            return buffers.calls[:length]
-        calls: list[BoundCall] = []
-        last = 0
-        for step, evaluated in enumerate(evaluate):
-            if evaluated:
-                calls.append(buffers.calls[step])
-                last = step
-            else:
-                calls += self._hold(buffers, step, last)
-        return calls
+        n = self.chain.length if length is None else length
+        evaluated = np.flatnonzero(np.ones(n, np.bool_) if evaluate is None else evaluate[:n])
+        places = len(buffers.modulation)
+        parts, calls = [], []
+        for first in range(0, len(evaluated), places):
+            part = evaluated[first : first + places]
+            steps, make = self._modulate(buffers, len(part))
+            parts.append((part, steps))
+            calls.append(make)
+            ends = np.append(part[1:], evaluated[first + places] if first + places < len(evaluated) else n)
+            for place, (step, end) in enumerate(zip(part.tolist(), ends.tolist(), strict=True)):
+                calls.append(self._transition(buffers, step, place))
+                for held in range(step + 1, end):
+                    calls += self._hold(buffers, held, step)
+        return ChainRun(buffers, parts, calls)
 
     def density(self, branches: int, path: Array, mean: Array) -> list[DensityPart]:
         """What evaluates the means `[R, n, D]` of the transitions out of the states of `path [R, n + 1, D]`.
@@ -161,11 +193,11 @@ class Head:
         first = np.zeros(len(start), np.int64) if begin is None else begin
         buffers = self.buffers(len(z), len(start))
         buffers.z[:], buffers.guidance[:], buffers.path[0] = z, guidance, start
-        buffers.begin_at(first)
+        run = self.run(buffers, evaluate, n - int(first.min()))
+        run.begin_at(first)
         buffers.noise[:] = noise[rows, buffers.step.T].swapaxes(0, 1)
-        staged = (buffers.z, buffers.guidance, buffers.step, buffers.path[0], buffers.noise)
-        calls = self.run(buffers, evaluate, n - int(first.min()))
-        device.record([device.upload(*staged), *calls, device.download(*buffers.drawn)])()
+        staged = (buffers.z, buffers.guidance, *run.inputs, buffers.path[0], buffers.noise)
+        device.record([device.upload(*staged), *run.calls, device.download(*buffers.drawn)])()
         device.wait()
         at = np.maximum(np.arange(n + 1) - first[:, None], 0)
         path, mean = buffers.path[at, rows], buffers.mean[at[:, :n], rows]
@@ -224,21 +256,43 @@ class Head:
         path = device.pitched((n + 1, rows, dim), np.float32)
         noise, mean = (device.pitched((n, rows, dim), np.float32) for _ in range(2))
         std = device.pitched((n, rows, dim), np.float32) if self.learned else None
-        calls = [
-            self._denoise_step.bind(
+        return ChainBuffers(z, guidance, step, path, noise, mean, std, self._room(branches, rows))
+
+    def _room(self, branches: int, rows: int) -> Array:
+        """`[c, R, G, M]`: room for the modulation of some steps of R chains."""
+        width = self._modulation_width
+        size = rows * branches * width
+        places = modulation_places(rows, width, self.chain.length)
+        if len(self._arena) < places * size:
+            self._arena = self.device.zeros((places * size,), np.float32, staged=False)
+        return self._arena[: places * size].reshape(places, rows, branches, width)
+
+    def _modulate(self, buffers: ChainBuffers, count: int) -> tuple[Array, BoundCall]:
+        """What makes the modulation of `count` steps of all rows, and its input `[count R]`: which steps they are."""
+        device, (_, rows, branches, width) = self.device, buffers.modulation.shape
+        row, step = (device.zeros((count * rows,), np.int64) for _ in range(2))
+        row[:] = np.tile(np.arange(rows), count)
+        device.upload(row)()
+        inputs = {"z": buffers.z, "row": row, "time_table": self._tables["time_table"], "step": step}
+        made = buffers.modulation[:count].reshape(count * rows, branches, width)
+        return step, self._modulation.bind(inputs, {"modulation": made})
+
+    def _transition(self, buffers: ChainBuffers, step: int, place: int) -> BoundCall:
+        """The call of one transition, whose modulation lies at `place`."""
+        if (step, place) not in buffers.bound:
+            std = {} if buffers.std is None else {"std": buffers.std[step]}
+            buffers.bound[step, place] = self._denoise_step.bind(
                 {
-                    "state": path[i],
-                    "z": z,
-                    "guidance": guidance,
-                    **self._tables,
-                    "step": step[i],
-                    "noise": noise[i],
+                    "state": buffers.path[step],
+                    "modulation": buffers.modulation[place],
+                    "guidance": buffers.guidance,
+                    "coefficients": self._tables["coefficients"],
+                    "step": buffers.step[step],
+                    "noise": buffers.noise[step],
                 },
-                {"next_state": path[i + 1], "mean": mean[i], **({} if std is None else {"std": std[i]})},
+                {"next_state": buffers.path[step + 1], "mean": buffers.mean[step], **std},
             )
-            for i in range(n)
-        ]
-        return ChainBuffers(z, guidance, step, path, noise, mean, std, calls)
+        return buffers.bound[step, place]
 
     def _make_means(self, branches: int, rows: int) -> tuple[Array, Array, list[DensityPart]]:
         n, dim = self.chain.length, self.token_dim
@@ -253,6 +307,13 @@ class Head:
         inputs = {"path": path[rows], "z": z, "guidance": guidance, **self._tables}
         std = {"std": device.zeros(mean[rows].shape, np.float32, staged=False)} if self.learned else {}
         return DensityPart(rows, z, guidance, self._log_density.bind(inputs, {"mean": mean[rows], **std}))
+
+
+def modulation_places(rows: int, width: int, steps: int) -> int:
+    """For how many of some steps of R chains modulation of `width` values is made at once."""
+    if rows * width % 64:
+        return 1  # places would begin between the bounds that engines want their buffers at
+    return min(max(MODULATION_VALUES // (BRANCHES * rows * width), 1), steps)
 
 
 def require_finite(values: Array, graph: str) -> None:

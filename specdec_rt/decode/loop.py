@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -61,10 +62,14 @@ class Plan:
         """Cache places that a causal backbone needs: a last round may feed it past the end."""
         return self.tokens + self.draft_length - 1
 
+    @cached_property
+    def _guidance(self) -> FloatArray:
+        """`[G, S]` weights of the guidance branches at each AR step."""
+        return guidance_weights(self.schedule.progress, scale=self.guidance, schedule=self.guidance_schedule)
+
     def guidance_at(self, ar_step: IntArray) -> FloatArray:
         """Weights `[G, R]` of the guidance branches for tokens made at `ar_step [R]`."""
-        progress = self.schedule.progress[ar_step]
-        return guidance_weights(progress, scale=self.guidance, schedule=self.guidance_schedule)
+        return self._guidance[:, ar_step]
 
 
 @dataclass(frozen=True)

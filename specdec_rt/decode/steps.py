@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from specdec_rt.decode.chain import ChainBuffers, Head, Trajectory, require_finite
+from specdec_rt.decode.chain import ChainRun, Head, Trajectory, require_finite
 from specdec_rt.decode.draft import ChainNoise, Model
 from specdec_rt.engine import BoundCall, Device
 from specdec_rt.families.backbone import Ask
@@ -82,7 +82,7 @@ class _Single:
 
     staged: _Staged
     z_row: Array
-    chain: ChainBuffers
+    run: ChainRun
     launch: BoundCall
 
 
@@ -93,7 +93,7 @@ class _Draft:
     staged: _Staged
     z_rows: list[Array]
     """`[G R_o]` of each AR step: rows of its backbone call's z"""
-    chains: list[ChainBuffers]
+    runs: list[ChainRun]
     path: Array
     """`[R', n + 1, D]`"""
     mean: Array
@@ -111,14 +111,14 @@ class _Verify:
     """the padded rows that each of `z_rows` is for"""
     mean: Array
     """`[R', n, D]`; empty in `paper` mode"""
-    chain: ChainBuffers | None
+    run: ChainRun | None
     launch: BoundCall
 
 
 @dataclass(frozen=True, eq=False)
 class _Complete:
     z_row: Array
-    chain: ChainBuffers
+    run: ChainRun
     launch: BoundCall
 
 
@@ -165,10 +165,11 @@ class Steps:
         step = self._single(model is self.draft, ask, len(tokens), tokens.shape[1], rows.counts[0])
         step.staged.fill(span, rows, tokens, noise, guidance)
         step.z_row.reshape(len(guidance), -1)[:] = z_row[:, rows.source]
-        step.chain.begin_at(None)
+        step.run.begin_at(None)
         step.launch()
         self.device.wait()
-        token, mean = step.chain.path[-1][rows.where], step.chain.mean[-1][rows.where]
+        chain = step.run.buffers
+        token, mean = chain.path[-1][rows.where], chain.mean[-1][rows.where]
         require_finite(token, "denoise_step")
         return token, mean
 
@@ -193,8 +194,8 @@ class Steps:
             z_row[:] = wanted.ravel()
         for z_row, part in zip(verify.z_rows, verify.rows, strict=True):
             z_row[:] = padded[:, part].ravel()
-        for chain in [*draft.chains, *([] if verify.chain is None else [verify.chain])]:
-            chain.begin_at(None)
+        for run in [*draft.runs, *([] if verify.run is None else [verify.run])]:
+            run.begin_at(None)
         draft.launch()
         verify.launch()
         self.device.wait()
@@ -216,10 +217,10 @@ class Steps:
         here = np.minimum(np.arange(count), len(rows) - 1)
         length = self.device.padded(n - int(begin.min()), n)
         step = self._completing(ask, len(guidance), count, length)
-        chain = step.chain
+        chain = step.run.buffers
         step.z_row.reshape(len(guidance), -1)[:] = z_rows[:, rows[here]]
         chain.guidance[:], chain.path[0] = guidance[:, here], start[here]
-        chain.begin_at(begin[here])
+        step.run.begin_at(begin[here])
         chain.noise[:] = noise[here[:, None], chain.step.T].swapaxes(0, 1)
         step.launch()
         self.device.wait()
@@ -264,21 +265,22 @@ class Steps:
 
     def _sampling(
         self, model: Model, z: Array, staged: _Staged, rows: slice, evaluate: BoolArray | None
-    ) -> tuple[Array, ChainBuffers, list[BoundCall]]:
+    ) -> tuple[Array, ChainRun, list[BoundCall]]:
         """The chains of some staged rows on conditions gathered from `z [M, Z]`; which of them is staged, too."""
         device, head, branches = self.device, model.head, len(staged.guidance)
         chain = head.buffers(branches, rows.stop - rows.start)
+        run = head.run(chain, evaluate)
         z_row = device.zeros((chain.guidance.size,), np.int64)
         normals = staged.normals[rows].swapaxes(0, 1)
         return (
             z_row,
-            chain,
+            run,
             [
                 device.gather(chain.z.reshape(len(z_row), -1), z, z_row),
                 device.copy(chain.guidance, staged.guidance[:, rows]),
                 device.copy(chain.path[0], normals[0]),
                 device.copy(chain.noise, normals[1:]),
-                *head.run(chain, evaluate),
+                *run.calls,
             ],
         )
 
@@ -288,16 +290,16 @@ class Steps:
         device = self.device
         staged = self._staged(model.head, images, tokens, count, model.backbone.branches)
         evaluate = self._evaluate if drafting else None
-        z_row, chain, calls = self._sampling(model, ask.z, staged, slice(0, count), evaluate)
+        z_row, run, calls = self._sampling(model, ask.z, staged, slice(0, count), evaluate)
         launch = device.record(
             [
-                device.upload(*staged.arrays, *ask.inputs, z_row, chain.step),
+                device.upload(*staged.arrays, *ask.inputs, z_row, *run.inputs),
                 *ask.run(device, staged.canvas),
                 *calls,
-                device.download(chain.path[-1], chain.mean[-1]),
+                device.download(run.buffers.path[-1], run.buffers.mean[-1]),
             ]
         )
-        return _Single(staged, z_row, chain, launch)
+        return _Single(staged, z_row, run, launch)
 
     def _make_catch_up(self, ask: Ask, shape: tuple[int, ...]) -> tuple[Array, BoundCall]:
         device = self.device
@@ -313,24 +315,25 @@ class Steps:
         std = device.zeros(mean.shape, np.float32) if model.head.learned else None
         canvas = staged.canvas.reshape(-1, dim)
         calls: list[BoundCall] = []
-        z_rows, chains = [], []
+        z_rows, runs = [], []
         for ask, rows in zip(asks, _Rows(counts, slice(None), slice(None)).slices, strict=True):
-            z_row, chain, sampling = self._sampling(model, ask.z, staged, rows, self._evaluate)
+            z_row, run, sampling = self._sampling(model, ask.z, staged, rows, self._evaluate)
+            chain = run.buffers
             calls += [*ask.run(device, staged.canvas), *sampling]
             kept = (path, mean) if std is None else (path, mean, std)
             calls += [device.copy(to[rows], of.swapaxes(0, 1)) for to, of in zip(kept, chain.drawn, strict=True)]
             calls.append(device.scatter(canvas, chain.path[-1], staged.place[rows]))
             z_rows.append(z_row)
-            chains.append(chain)
-        inputs = [array for ask in asks for array in ask.inputs] + z_rows + [chain.step for chain in chains]
+            runs.append(run)
+        inputs = [array for ask in asks for array in ask.inputs] + [array for run in runs for array in run.inputs]
         launch = device.record(
             [
-                device.upload(*staged.arrays, *inputs),
+                device.upload(*staged.arrays, *inputs, *z_rows),
                 *calls,
                 device.download(path, mean, *([] if std is None else [std])),
             ]
         )
-        return _Draft(staged, z_rows, chains, path, mean, std, launch)
+        return _Draft(staged, z_rows, runs, path, mean, std, launch)
 
     def _make_verify(self, ask: Ask, draft: _Draft, branches: int) -> _Verify:
         device, target, staged = self.device, self.target, draft.staged
@@ -339,9 +342,9 @@ class Steps:
         asking = [] if self.draft is None else [device.upload(*ask.inputs), *ask.run(device, staged.canvas)]
         if self._aligned:
             rows = slice(0, len(draft.path))
-            z_row, chain, calls = self._sampling(target, ask.z, staged, rows, None)
-            launch = device.record([*asking, device.upload(z_row, chain.step), *calls, device.download(*chain.drawn)])
-            return _Verify([z_row], [rows], np.zeros(0), chain, launch)
+            z_row, run, calls = self._sampling(target, ask.z, staged, rows, None)
+            moved = device.upload(z_row, *run.inputs), *calls, device.download(*run.buffers.drawn)
+            return _Verify([z_row], [rows], np.zeros(0), run, device.record([*asking, *moved]))
         mean = device.zeros(draft.mean.shape, np.float32)
         parts = target.head.density(branches, draft.path, mean)
         z_rows = [device.zeros((part.guidance.size,), np.int64) for part in parts]
@@ -359,16 +362,17 @@ class Steps:
         device, target = self.device, self.target
         assert target is not None
         chain = target.head.buffers(branches, count)
+        run = target.head.run(chain, None, length)
         z_row = device.zeros((branches * count,), np.int64)
         launch = device.record(
             [
-                device.upload(z_row, chain.guidance, chain.step, chain.path[0], chain.noise),
+                device.upload(z_row, chain.guidance, *run.inputs, chain.path[0], chain.noise),
                 device.gather(chain.z.reshape(len(z_row), -1), ask.z, z_row),
-                *target.head.run(chain, None, length),
+                *run.calls,
                 device.download(chain.path, chain.mean),
             ]
         )
-        return _Complete(z_row, chain, launch)
+        return _Complete(z_row, run, launch)
 
     # --- what is read -----------------------------------------------------------------------------------
 
@@ -380,10 +384,10 @@ class Steps:
 
     @staticmethod
     def _verified(verify: _Verify, rows: _Rows) -> FloatArray | Trajectory:
-        if verify.chain is None:
+        if verify.run is None:
             mean = verify.mean[rows.where]
             require_finite(mean, "log_density")
             return mean
-        path, mean, *std = (array.swapaxes(0, 1)[rows.where] for array in verify.chain.drawn)
+        path, mean, *std = (array.swapaxes(0, 1)[rows.where] for array in verify.run.buffers.drawn)
         require_finite(path[:, -1], "denoise_step")
         return Trajectory(path, mean, std[0] if std else None)

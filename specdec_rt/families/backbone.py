@@ -49,15 +49,16 @@ class Backbone(ABC):
         self.z_dim = z_dim
         self.branches = branches
         self._null_label = null_label
-        self._labels: IntArray = np.zeros(0, np.int64)
+        self._labels: IntArray = np.zeros((branches, 0), np.int64)
+        """`[G, A]`: the images' labels, then (with guidance) the dropped label"""
 
     def begin(self, labels: IntArray) -> None:
         """Turn to a new batch: the labels of its images `[A]`, none of which has a token yet."""
-        self._labels = labels
+        self._labels = np.stack([labels, np.full_like(labels, self._null_label)][: self.branches])
 
     def select(self, images: IntArray) -> None:
         """Keep only these images of the batch, in this (ascending) order."""
-        self._labels = self._labels[images]
+        self._labels = self._labels[:, images]
 
     @abstractmethod
     def ask(self, span: Span, slot: int = 0) -> tuple[Ask, IntArray]:
@@ -85,7 +86,3 @@ class Backbone(ABC):
         device.record([device.upload(canvas, *ask.inputs), *ask.run(device, canvas), device.download(ask.z)])()
         device.wait()
         return np.asarray(ask.z[rows])
-
-    def _branch_labels(self, labels: IntArray) -> IntArray:
-        """`[G, A]`: the labels, then (with guidance) the dropped label."""
-        return np.stack([labels, np.full_like(labels, self._null_label)][: self.branches])

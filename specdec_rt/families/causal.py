@@ -79,11 +79,11 @@ class CausalBackbone(Backbone):
         # Images that are done, or will be, stay at their last place: their rows mean nothing, but must lie inside.
         first = np.minimum(span.step, self._tokens - 1)  # AR steps are places here
         place = first[:, None] + np.arange(length)
-        before = np.clip(place, 1, self._tokens) - 1  # at place 0 any value does: the label stands there
+        before = np.minimum(np.maximum(place, 1), self._tokens) - 1  # at place 0 any value does: the label stands there
         rows = np.arange(images)[:, None] * self._tokens + before
         ask.token_index.reshape(images, self.branches, length)[:] = rows[:, None]
         position.reshape(images, self.branches)[:] = first[:, None]
-        label.reshape(images, self.branches)[:] = self._branch_labels(self._labels).T
+        label.reshape(images, self.branches)[:] = self._labels.T
         branch = np.arange(self.branches)[:, None]
         return ask, (span.owner * self.branches + branch) * length + span.offset
 

@@ -63,7 +63,7 @@ class MarBackbone(Backbone):
         inputs.visible_mask[:] = np.arange(most_known) < known[:, None]
         # A context with fewer tokens to predict asks for some of them twice.
         inputs.query[:] = span.order[owner[:, None], known[:, None] + np.arange(queries) % size[:, None]]
-        inputs.label[:] = self._branch_labels(self._labels[owner])
+        inputs.label[:] = self._labels[:, owner]
         inputs.token_index[:] = owner
         branch = np.arange(self.branches)[:, None]
         return ask, (branch * contexts + context) * queries + span.rank - known[context]

@@ -48,9 +48,19 @@ class RandomNet:
         return np.asarray(0.6 * state + hidden @ self.out)
 
 
+class ModulationEngine:
+    """`modulation`: the time table's one column is the time itself, and all that a condition makes of the head."""
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002
+        def call() -> None:
+            outputs["modulation"][:] = inputs["time_table"][inputs["step"]][:, None]
+
+        return call
+
+
 @dataclass(frozen=True)
 class StepEngine:
-    """`denoise_step` of a random net; the time table's one column is the time itself."""
+    """`denoise_step` of a random net."""
 
     net: RandomNet
 
@@ -58,7 +68,7 @@ class StepEngine:
         def call() -> None:
             step = inputs["step"]
             of_state, of_epsilon, std, _ = inputs["coefficients"][step][..., None].swapaxes(0, 1)
-            epsilon = self.net(inputs["state"], inputs["time_table"][step, 0])
+            epsilon = self.net(inputs["state"], inputs["modulation"][:, 0, 0])
             outputs["mean"][:] = of_state * inputs["state"] + of_epsilon * epsilon
             outputs["next_state"][:] = outputs["mean"] + std * inputs["noise"]
 
@@ -87,4 +97,5 @@ def toy_head(chain: Chain, *, draft: bool) -> Head:
     if draft:
         net = net.mixed(RandomNet.of(1), 0.06)
     time_table = (chain.timestep[:, None] / 500 - 1).astype(np.float32)
-    return Head(HostDevice(), StepEngine(net), DensityEngine(net), time_table, chain, DIM, z_dim=1)
+    engines = ModulationEngine(), StepEngine(net), DensityEngine(net)
+    return Head(HostDevice(), *engines, time_table, chain, DIM, z_dim=1, modulation_width=1)

@@ -82,13 +82,16 @@ def test_graphs_are_checked_dynamic_and_share_their_weights(folder):
         assert all(value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input)
         assert not {node.op_type for node in model.graph.node} & {"NonZero", "Attention", "If", "Loop"}
         assert b"stack_trace" not in path.read_bytes()  # nor any path of the machine that it was made on
-    step = onnx.load(folder / "target.denoise_step.onnx", load_external_data=False)
-    density = onnx.load(folder / "target.log_density.onnx", load_external_data=False)
-    places = [
-        {tuple(entry.value for entry in tensor.external_data) for tensor in graph.graph.initializer} - {()}
-        for graph in (step, density)
-    ]
-    assert places[0] == places[1] != set()
+    modulation, step, density = (
+        {tuple(entry.value for entry in tensor.external_data) for tensor in graph.initializer} - {()}
+        for graph in (
+            onnx.load(folder / f"target.{name}.onnx", load_external_data=False).graph
+            for name in ("modulation", "denoise_step", "log_density")
+        )
+    )
+    assert modulation | step == density
+    assert modulation
+    assert step - modulation == step != set()
 
 
 def test_a_wrong_weight_fails_the_comparison_with_torch(folder):

@@ -69,7 +69,7 @@ def test_an_exact_bundle_says_what_it_holds(exact, pair):
     assert (manifest.drafts["adapter"].head, manifest.drafts["adapter"].head_width) == ("target", None)
     rounding = manifest.provenance["relative_error_of_precision"]
     assert rounding.keys() == manifest.provenance["relative_error_against_torch"].keys()
-    assert len(rounding) == 6
+    assert len(rounding) == 7
     assert all(1e-5 < error < 5e-3 for error in rounding.values())
     half = (exact / "target.safetensors").stat().st_size
     assert half == pytest.approx(2 * manifest.target.parameters, rel=0.02)
@@ -109,13 +109,15 @@ def test_graphs_are_as_the_manifest_says(request, bundle):
 
 
 def test_graphs_of_a_head_share_its_weights(stock):
-    places = []
-    for name in ("backbone", "denoise_step", "log_density"):
+    places = {}
+    for name in ("backbone", "modulation", "denoise_step", "log_density"):
         model = onnx.load(stock / f"target.{name}.onnx", load_external_data=False)
-        places.append({tuple(entry.value for entry in tensor.external_data) for tensor in model.graph.initializer})
-        assert len(places[-1]) > 10
-    assert places[1] == places[2]
-    assert places[0] & places[1] == {()}
+        tensors = (tensor.external_data for tensor in model.graph.initializer)
+        places[name] = {tuple(entry.value for entry in data) for data in tensors if data}
+        assert len(places[name]) >= 4
+    assert places["modulation"] | places["denoise_step"] == places["log_density"]
+    assert not places["modulation"] & places["denoise_step"]
+    assert not places["backbone"] & places["log_density"]
 
 
 @pytest.mark.parametrize("known", KNOWN)
@@ -145,13 +147,21 @@ def head_inputs(folder, recorded, chain):
     return {"z": np.stack([z, z[::-1]]), "guidance": guidance, "time_table": time_table, "coefficients": coefficients}
 
 
+def transition(folder, shared, step, **inputs):
+    """One step of each row, its modulation made first."""
+    given = {name: shared[name] for name in ("z", "time_table")}
+    (modulation,) = run(folder, "target.modulation", row=np.arange(len(step)), step=step, **given)
+    given = {name: shared[name] for name in ("guidance", "coefficients")}
+    return run(folder, "target.denoise_step", modulation=modulation, step=step, **given, **inputs)
+
+
 def test_transitions_are_the_references(stock, recorded):
     """Means, and the variances that the first branch alone decides."""
     chain = compile_chain(load_bundle(stock).manifest.chain)
     shared, state = head_inputs(stock, recorded, chain), recorded["head_x"]
     noise = np.random.default_rng(0).standard_normal(state.shape, dtype=np.float32)
     step = chain.length - 1 - recorded["head_step"]
-    next_state, mean, std = run(stock, "target.denoise_step", state=state, step=step, noise=noise, **shared)
+    next_state, mean, std = transition(stock, shared, step, state=state, noise=noise)
     assert relative_error(mean, recorded["p_mean"]) <= 1e-4
     assert relative_error(2 * np.log(std), recorded["p_log_variance"]) <= 1e-4
     np.testing.assert_allclose(next_state, mean + std * noise, rtol=1e-5, atol=1e-5)
@@ -165,14 +175,9 @@ def test_transitions_are_the_references(stock, recorded):
 def test_the_stock_chain_ends_without_noise(stock, recorded):
     chain = compile_chain(load_bundle(stock).manifest.chain)
     state = recorded["head_x"]
-    next_state, mean, std = run(
-        stock,
-        "target.denoise_step",
-        state=state,
-        step=np.full(len(state), chain.length - 1),
-        noise=np.ones_like(state),
-        **head_inputs(stock, recorded, chain),
-    )
+    last = np.full(len(state), chain.length - 1)
+    shared = head_inputs(stock, recorded, chain)
+    next_state, mean, std = transition(stock, shared, last, state=state, noise=np.ones_like(state))
     np.testing.assert_array_equal(std, np.zeros_like(state))
     np.testing.assert_array_equal(next_state, mean)
     assert np.isfinite(mean).all()
@@ -184,7 +189,7 @@ def test_a_fixed_chain_ignores_what_the_head_says_of_variances(exact, pair, reco
     noise = np.ones_like(state)
     step = np.arange(len(state)) % chain.length
     shared = head_inputs(exact, recorded, chain)
-    next_state, mean = run(exact, "target.denoise_step", state=state, step=step, noise=noise, **shared)
+    next_state, mean = transition(exact, shared, step, state=state, noise=noise)
     np.testing.assert_allclose(next_state - mean, chain.std[step, None] * noise, rtol=1e-3)
     head = read_mar_pair(exact).target.head
     with torch.no_grad():

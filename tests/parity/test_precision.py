@@ -34,11 +34,12 @@ def arguments(graph, manifest):
     """Random inputs of a graph, as tensors in its order."""
     generator = torch.Generator().manual_seed(0)
     places = torch.stack([torch.randperm(manifest.tokens, generator=generator) for _ in range(3)])
-    sizes = {"B": 3, "N": 4, "S": 20, "G": 2, "R": 5, "n": 6, "n_plus_1": 7, "K": 12, "Q": 9}
+    sizes = {"B": 3, "N": 4, "S": 20, "G": 2, "R": 5, "P": 5, "n": 6, "n_plus_1": 7, "K": 12, "Q": 9}
     whole = {
         "timestep": torch.arange(0, 900, 150),
         "position": torch.tensor([0, 7, 16]),
         "label": torch.tensor([0, 3, manifest.classes]),
+        "row": torch.tensor([4, 2, 0, 0, 1]),
         "step": torch.arange(1, 6),
         "visible": places[:, :12],
         "visible_mask": torch.arange(12) < torch.tensor([[0], [6], [12]]),

@@ -144,13 +144,20 @@ def test_work_of_a_graph_is_counted_from_its_modules():
     pair = read_pair("digits")
     slots = {slot.label: slot for slot in graph_slots(pipeline.bundle.manifest)}
     head = pair.target.head
-    weights = sum(p.numel() for n, p in head.named_parameters() if not n.startswith("time_embed"))
-    products = sum(p.numel() for n, p in head.named_parameters() if p.dim() == 2 and not n.startswith("time_embed"))
+    parameters = {n: p for n, p in head.named_parameters() if not n.startswith("time_embed")}
+    of_step = {n: p for n, p in parameters.items() if "adaLN_modulation" not in n and not n.startswith("cond_embed")}
+    products = sum(p.numel() for p in of_step.values() if p.dim() == 2)
 
-    step = graph_work(pair, slots["target.denoise_step"], graph_sizes(pipeline, branches=2, chain=23, x=3, y=1))
+    work = {
+        name: graph_work(pair, slots[f"target.{name}"], graph_sizes(pipeline, branches=2, chain=23, x=3, y=1))
+        for name in ("denoise_step", "modulation", "log_density")
+    }
 
-    assert step["weight_bytes"] == 4 * weights
-    assert step["operations"] == 2 * products * 2 * 3  # two branches of three rows
+    assert work["denoise_step"]["weight_bytes"] == 4 * sum(p.numel() for p in of_step.values())
+    assert work["denoise_step"]["operations"] - 2 * 2 * 3 * 16 == 2 * products * 2 * 3  # two branches of three rows
+    of_condition = [p.numel() for n, p in parameters.items() if n not in of_step]
+    assert work["modulation"]["weight_bytes"] == 4 * sum(of_condition)
+    assert work["log_density"]["weight_bytes"] == 4 * sum(p.numel() for p in parameters.values())
     one, four = (
         graph_work(pair, slots["target.backbone"], graph_sizes(pipeline, branches=2, chain=23, x=1, y=y))
         for y in (1, 4)

@@ -29,7 +29,7 @@ from specdec_rt.bundle import file_sha256, load_bundle
 from specdec_rt.errors import BackendError, RecipeError
 
 RECIPE = 'backend = "tensorrt-rtx"\nbuilder_level = 0\nbatch_buckets = [1]\n'
-GRAPHS = ["target.backbone", "target.time_embedding", "target.denoise_step", "target.log_density"]
+GRAPHS = [f"target.{name}" for name in ("backbone", "time_embedding", "modulation", "denoise_step", "log_density")]
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -141,7 +141,7 @@ def test_a_record_tells_what_was_built(cache):
 
 def test_clear(run, cache):
     code, out, err = run("--clear", "--cache", cache.folder)
-    assert (code, out, err) == (0, "", f"removed 4 engines from {cache.folder}\n")
+    assert (code, out, err) == (0, "", f"removed {len(GRAPHS)} engines from {cache.folder}\n")
     assert plans(cache.folder) == []
 
 
@@ -274,7 +274,7 @@ def test_an_interrupt_leaves_nothing_partial_and_no_lock(run, place, tmp_path):
     with EngineCache(folder).building(lambda: pytest.fail("a lock was left")):
         pass
     assert run("lone", "--recipe", "recipe.toml", "--cache", folder)[0] == 0
-    assert len(plans(folder)) == 4
+    assert len(plans(folder)) == len(GRAPHS)
 
 
 def test_two_builds_at_once_leave_one_intact_engine_of_each_graph(place, tmp_path):
@@ -282,12 +282,12 @@ def test_two_builds_at_once_leave_one_intact_engine_of_each_graph(place, tmp_pat
     processes = [start(place, folder), start(place, folder)]
     said = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert sum(err.count(": built in") for _, err in said) == 4
+    assert sum(err.count(": built in") for _, err in said) == len(GRAPHS)
     assert any("another process is building into the cache" in err for _, err in said)
     cache = EngineCache(folder)
     assert sorted(entry.record.graph for entry in cache.entries()) == sorted(GRAPHS)
     assert all(cache.read(name) is not None for name in plans(folder))
-    assert len(list(folder.iterdir())) == 4 * 2 + 2
+    assert len(list(folder.iterdir())) == len(GRAPHS) * 2 + 2
 
 
 # --- refusals ----------------------------------------------------------------------------------------

@@ -16,11 +16,14 @@ from specdec_rt.errors import UsageError
 class Counting:
     """Every call of a kind costs the same, so that a prediction counts calls."""
 
-    def __init__(self, backbone=0.0, step=0.0, density=0.0):
-        self._backbone, self._step, self._density = backbone, step, density
+    def __init__(self, backbone=0.0, modulation=0.0, step=0.0, density=0.0):
+        self._backbone, self._modulation, self._step, self._density = backbone, modulation, step, density
 
     def backbone(self, *_):
         return self._backbone
+
+    def modulation(self, *_):
+        return self._modulation
 
     def step(self, *_):
         return self._step
@@ -42,6 +45,7 @@ def predicted(predictor, acceptance, costs, batch=1, **options):
 def test_the_target_alone_calls_its_head_at_every_step_of_every_token(predictor):
     assert predicted(predictor, 0, Counting(step=1), mode="target").seconds == 49 * 23
     assert predicted(predictor, 0, Counting(backbone=1), mode="target", batch=8).seconds == 49
+    assert predicted(predictor, 0, Counting(modulation=1), mode="target").seconds == 49
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.8, 1.0])
@@ -123,7 +127,8 @@ def test_graphs_of_a_bundle_and_the_host_are_timed():
     found = predictor.predict(DecodeOptions(mode="exact", draft_length=2), 1, Acceptance(0.8))
 
     assert found.parts["host"] > 0
-    assert set(found.parts) == {"draft", "host", "target.backbone", "target.denoise_step", "target.log_density"}
+    of_target = {f"target.{graph}" for graph in ("backbone", "modulation", "denoise_step", "log_density")}
+    assert set(found.parts) == {"draft", "host", *of_target}
     assert {"target.log_density", "adapter.backbone"} <= set(predictor.record()["graph_seconds"]["2"])
 
 

@@ -8,7 +8,7 @@ import pytest
 from specdec_rt import DecodeOptions, load
 
 LABELS = np.arange(16) % 10
-CLOSE = 1e-4
+CLOSE = 3e-4
 """Rounding between batch shapes may move a token by this much."""
 
 

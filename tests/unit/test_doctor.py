@@ -111,7 +111,7 @@ def test_inspect_engines_of_a_bundle(run, entry):
     assert [record["key"] for record in json.loads(out)] == [entry.key]
     _, out, _ = run("inspect", "digits", "--engines")
     assert entry.key in out
-    assert "no engine in the cache: target.backbone, target.denoise_step" in out
+    assert "no engine in the cache: target.backbone, target.modulation" in out
     assert json.loads(run("inspect", "digits-mar", "--engines", "--json")[1]) == []
 
 

@@ -87,6 +87,8 @@ def test_a_causal_pairs_calls_fit(buckets, draft_length):
                 assert (sizes["S"][0], sizes["S"][2]) == (tokens, tokens + drafted - 1)
             case GraphName.DENOISE_STEP:
                 assert sizes["R"][2] >= buckets[-1] * drafted  # `paper` mode aligns a round
+            case GraphName.MODULATION:
+                assert_modulation_fits(model, sizes, compile_chain(manifest.chain).length, buckets[-1] * drafted)
 
 
 @given(buckets=BUCKETS, draft_length=GAMMA, ar_steps=st.integers(1, 49))
@@ -106,6 +108,16 @@ def test_a_mar_pairs_calls_fit(buckets, draft_length, ar_steps):
             case GraphName.DENOISE_STEP:
                 # `paper` mode aligns a round, each of its steps padded up to the largest.
                 assert drafted * max(known[1:] - known[:-1]) * buckets[-1] <= sizes["R"][2]
+            case GraphName.MODULATION:
+                rows = drafted * max(known[1:] - known[:-1]) * buckets[-1]
+                assert_modulation_fits(model, sizes, compile_chain(manifest.chain).length, rows)
+
+
+def assert_modulation_fits(model, sizes, steps, most):
+    for rows in {1, min(2, most), most // 2 or 1, most}:
+        pairs = rows * chain.modulation_places(rows, model.modulation_width, steps)
+        assert sizes["R"][0] <= rows <= sizes["R"][2]
+        assert sizes["P"][0] <= pairs <= sizes["P"][2]
 
 
 @pytest.mark.parametrize("name", sorted(MANIFESTS))
@@ -120,6 +132,8 @@ def test_a_batch_of_paths_is_judged_within_its_profile(name, buckets, draft_leng
 
 def test_limits_are_the_runtimes():
     assert profiles.STATES_PER_CALL == chain.STATES_PER_CALL
+    assert profiles.MODULATION_VALUES == chain.MODULATION_VALUES
+    assert profiles.BRANCHES == chain.BRANCHES
     assert profiles.PIXELS_PER_CALL == pixels.PIXELS_PER_CALL
 
 
@@ -285,7 +299,7 @@ def test_a_chain_of_another_length(tmp_path):
 # --- a builder's opinion -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("graph", [GraphName.DENOISE_STEP, GraphName.LOG_DENSITY])
+@pytest.mark.parametrize("graph", [GraphName.MODULATION, GraphName.DENOISE_STEP, GraphName.LOG_DENSITY])
 def test_a_builder_takes_derived_profiles(graph):
     trt = pytest.importorskip("tensorrt_rtx")
     bundle = load_bundle("digits")
