@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from onnxscript import ir
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from specdec_rt.manifest import Bindings, Precision
+from specdec_rt.manifest import WEIGHTS_KEY, Bindings, Precision
 from specdec_rt.types import Array
 
 __all__ = ["OPSET", "WeightsFile", "export_graph", "save_weights", "to_model_proto"]
@@ -131,6 +132,8 @@ def export_graph(
     model = _to_proto(program)
     _name_sizes(model, bindings)
     _put_in_entries(model, shared, weights)
+    values = sum(math.prod(entry.shape) for entry in shared.values())
+    model.metadata_props.add(key=WEIGHTS_KEY, value=str(values))
     onnx.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
 

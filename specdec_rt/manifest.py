@@ -13,6 +13,7 @@ from specdec_rt.schedule import ChainSpec
 __all__ = [
     "HEAD_GRAPHS",
     "MANIFEST",
+    "WEIGHTS_KEY",
     "Binding",
     "Bindings",
     "CacheShape",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+WEIGHTS_KEY = "specdec_rt.weights"
+"""Of an ONNX file's own metadata: how many weights its graph holds."""
 
 Family = Literal["causal", "mar"]
 Precision = Literal["fp32", "fp16", "bf16"]

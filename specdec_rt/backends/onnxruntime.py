@@ -11,9 +11,15 @@ import onnxruntime
 from specdec_rt.backends.host import HostDevice
 from specdec_rt.engine import BoundCall, Limits
 from specdec_rt.errors import BackendError
+from specdec_rt.manifest import WEIGHTS_KEY
 from specdec_rt.types import Array
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine", "check_buffers", "declared_values"]
+
+CACHED_WEIGHTS = 2**19
+"""So many weights stay in a core's own cache (2 MiB): calls of such graphs end before a second core could help."""
+LONE_PRODUCTS = 2**23
+"""Multiplications of a call that one core does at least as fast as two; see benchmarks/NOTES.md."""
 
 _DTYPES = {
     "tensor(float)": np.dtype(np.float32),
@@ -40,27 +46,41 @@ class OnnxRuntimeBackend:
     def load(self, path: Path) -> "OnnxRuntimeEngine":
         """Make an engine of the ONNX file at `path`. Raises BackendError where ONNX Runtime cannot."""
         path = self.file_of(path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads or _allowed_cores()
-        options.log_severity_level = 3  # what it warns of is no news to a user of the bundle
-        # Every engine has threads of its own, and decoding alternates between engines: threads that went on
-        # spinning after their call would fight over the cores with those of the next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises a family of unrelated types
-            raise BackendError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
-        return OnnxRuntimeEngine(path, session)
+        session = _load(path, self.threads or _allowed_cores())
+        weights = int(session.get_modelmeta().custom_metadata_map.get(WEIGHTS_KEY, CACHED_WEIGHTS + 1))
+        if self.threads == 1 or weights > CACHED_WEIGHTS:
+            return OnnxRuntimeEngine(path, session)
+        return OnnxRuntimeEngine(path, session, lone=_load(path, 1), lone_rows=LONE_PRODUCTS // max(weights, 1))
+
+
+def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # what it warns of is no news to a user of the bundle
+    # Every engine has threads of its own, and decoding alternates between engines: threads that went on
+    # spinning after their call would fight over the cores with those of the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a family of unrelated types
+        raise BackendError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
 
 
 class OnnxRuntimeEngine:
-    """One session; `bind` as in `engine.Engine`."""
+    """A session, and for calls of few rows one on a single core; `bind` as in `engine.Engine`."""
 
     in_place = True
 
-    def __init__(self, path: Path, session: onnxruntime.InferenceSession) -> None:
+    def __init__(
+        self,
+        path: Path,
+        session: onnxruntime.InferenceSession,
+        *,
+        lone: onnxruntime.InferenceSession | None = None,
+        lone_rows: int = 0,
+    ) -> None:
         self._path = path
-        self._session = session
+        self._session, self._lone, self._lone_rows = session, lone, lone_rows
         self._inputs, self._outputs = declared_values(session)
         self.inputs, self.outputs = frozenset(self._inputs), frozenset(self._outputs)
 
@@ -68,7 +88,11 @@ class OnnxRuntimeEngine:
         """Fix the buffers of a call. Raises BackendError where one does not fit its binding."""
         check_buffers(self._path, "inputs", self._inputs, inputs)
         check_buffers(self._path, "outputs", self._outputs, outputs)
-        binding = self._session.io_binding()
+        first = outputs[next(iter(self._outputs))]
+        session = self._session
+        if self._lone is not None and first.size // first.shape[-1] <= self._lone_rows:
+            session = self._lone
+        binding = session.io_binding()
         # On the CPU an OrtValue shares its array's memory, and only the Python object keeps the array alive.
         arrays = {id(array): array for array in (*inputs.values(), *outputs.values())}
         values = {key: onnxruntime.OrtValue.ortvalue_from_numpy(array) for key, array in arrays.items()}
@@ -76,7 +100,7 @@ class OnnxRuntimeEngine:
             binding.bind_ortvalue_input(name, values[id(array)])
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, values[id(array)])
-        return _OnnxRuntimeCall(self._path, self._session, binding, tuple(values.values()), tuple(arrays.values()))
+        return _OnnxRuntimeCall(self._path, session, binding, tuple(values.values()), tuple(arrays.values()))
 
 
 @dataclass(frozen=True, slots=True)

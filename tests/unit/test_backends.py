@@ -66,3 +66,27 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path):
     path.write_bytes(b"not a graph")
     with pytest.raises(BackendError, match=r"cannot load .*noise\.onnx"):
         OnnxRuntimeBackend().load(path)
+
+
+def test_a_small_graph_takes_few_rows_to_one_core(bundle):
+    """And many to all cores; what comes out is the same."""
+    graphs = bundle.manifest.drafts["small"].graphs
+    step = OnnxRuntimeBackend(threads=2).load(bundle.path(graphs["modulation"]))
+    rng = np.random.default_rng(0)
+    made = {}
+    for pairs in (2, 400):
+        inputs = {
+            "z": rng.standard_normal((2, 1, 96), np.float32),
+            "row": np.zeros(pairs, np.int64),
+            "time_table": rng.standard_normal((23, 128), np.float32),
+            "step": np.arange(pairs) % 23,
+        }
+        made[pairs] = np.empty((pairs, 2, 1024), np.float32)
+        rng = np.random.default_rng(0)
+        made[pairs, "session"] = step.bind(inputs, {"modulation": made[pairs]})
+        made[pairs, "session"]()
+
+    assert made[2, "session"].session is not made[400, "session"].session
+    np.testing.assert_allclose(made[2], made[400][:2], rtol=1e-5, atol=1e-6)
+    large = OnnxRuntimeBackend(threads=2).load(bundle.path(bundle.manifest.target.graphs["backbone"]))
+    assert (large._lone, step._lone) == (None, made[2, "session"].session)
