@@ -56,6 +56,7 @@ def _section(result: dict[str, Any], plots: Sequence[Plot]) -> str:
     settings = result["settings"]
     parts = [f"## {settings['title']}", _conditions(result)]
     parts += [f"### Batch {batch}\n\n{_rows_table(rows)}" for batch, rows in _by_batch(result["rows"])]
+    parts += _ablation(result["rows"])
     parts += [f"![{plot.caption}]({plot.name})" for plot in plots]
     shares = _host_table(result["rows"])
     if shares:
@@ -124,6 +125,22 @@ def _rows_table(rows: list[dict[str, Any]]) -> str:
         )
     header = ("variant", "p50 ms", "p95 ms", "images/s", "against target", "accepted", "exact", "distribution")
     return _table(header, shown) + _first_requests(rows)
+
+
+def _ablation(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """One thing at a time, each row against the one before it and against the first."""
+    parts = []
+    for batch, here in _by_batch(row for row in rows if row["adds"] and "p50_seconds" in row):
+        shown = []
+        first = before = here[0]["p50_seconds"]
+        for row in here:
+            seconds = row["p50_seconds"]
+            gains = f"{before / seconds:.2f}×", f"{first / seconds:.1f}×"
+            shown.append([row["adds"], row["variant"], f"{seconds * 1e3:.1f}", *gains])
+            before = seconds
+        header = ("one thing at a time", "variant", "p50 ms", "against the row above", "against the first")
+        parts.append(f"### Ablation, batch {batch}\n\n{_table(header, shown)}")
+    return parts
 
 
 def _first_requests(rows: list[dict[str, Any]]) -> str:

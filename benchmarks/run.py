@@ -55,6 +55,7 @@ class Results:
             "batch": batch,
             "exact": exact,
             "distribution": distribution,
+            "adds": variant.adds,
             "processes": [],
         }
         row = self.rows.setdefault((variant.name, batch), empty)

@@ -34,6 +34,8 @@ class TorchVariant(_Table):
     style: Style
     batches: tuple[_Count, ...] = ()
     """none: the scenario's"""
+    adds: str = ""
+    """what it adds to the row before it in the ablation; nothing: it is no row there"""
 
     def distribution(self, scenario: "Scenario") -> tuple[bool, str]:  # noqa: ARG002  # as the other kind's
         """Whether it draws from the target's distribution, and in words."""
@@ -48,6 +50,7 @@ class RuntimeVariant(_Table):
     options: dict[str, Any] = Field(default_factory=dict)
     """of `DecodeOptions`"""
     batches: tuple[_Count, ...] = ()
+    adds: str = ""
     observe: bool = False
     """whether acceptance is also recorded position by position"""
 
