@@ -84,7 +84,14 @@ def generate(
         str | None, typer.Option(help="exact (the target's distribution), paper (approximate), target or draft.")
     ] = None,
     draft: Annotated[str | None, typer.Option(help="A draft's name in the bundle, or self.")] = None,
-    draft_length: Annotated[int | None, typer.Option(help="AR steps drafted per round.")] = None,
+    draft_length: Annotated[
+        str | None,
+        typer.Option(
+            metavar="G|auto",
+            help="AR steps drafted per round. auto chooses for each round what is fastest, also no draft at all; "
+            "a seed may then draw another image on another run.",
+        ),
+    ] = None,
     draft_steps: Annotated[int | None, typer.Option(help="Head evaluations per drafted token.")] = None,
     tau: Annotated[float | None, typer.Option(help="Acceptance temperature of mode paper.")] = None,
     prefill: Annotated[float | None, typer.Option(help="Share of the tokens that the target makes alone.")] = None,
@@ -118,7 +125,7 @@ def generate(
     options = _options(
         mode=mode,
         draft=draft,
-        draft_length=draft_length,
+        draft_length=_length(draft_length),
         draft_steps=draft_steps,
         tau=tau,
         prefill=prefill,
@@ -229,6 +236,11 @@ def parse_labels(text: str | None, classes: int) -> list[int]:
             raise UsageError(f"labels holds {last}; expected 0 to {classes - 1}")
         labels += range(first, last + 1)
     return labels
+
+
+def _length(text: str | None) -> int | str | None:
+    """A draft length as a number where it is one; what else may stand there, the options know."""
+    return int(text) if text is not None and re.fullmatch(r"-?[0-9]{1,9}", text) else text
 
 
 def _options(**given: object) -> DecodeOptions:

@@ -3,17 +3,20 @@
 import operator
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from specdec_rt.errors import UsageError
 
-__all__ = ["LARGEST", "SELF_DRAFT", "DecodeOptions", "GuidanceSchedule", "Mode", "check_whole_number"]
+__all__ = ["AUTO", "LARGEST", "SELF_DRAFT", "DecodeOptions", "GuidanceSchedule", "Mode", "check_whole_number"]
 
 Mode = Literal["exact", "paper", "target", "draft"]
 GuidanceSchedule = Literal["linear", "constant"]
 
 SMALLEST, LARGEST = 1e-6, 1e6
 """Bounds that no sensible scale reaches: beyond them float64 arithmetic overflows."""
+
+AUTO: Final = "auto"
+"""The draft length that is chosen anew for each round."""
 
 SELF_DRAFT = "self"
 """The draft that is no model: the target's own head on a subset of its steps."""
@@ -26,8 +29,14 @@ class DecodeOptions:
     mode: Mode | None = None
     draft: str | None = None
     """a draft's name in the bundle, or "self" """
-    draft_length: int | None = None
-    """γ, AR steps drafted per round: tokens in a causal family, sets of tokens in MAR's"""
+    draft_length: int | Literal["auto"] | None = None
+    """γ, AR steps drafted per round: tokens in a causal family, sets of tokens in MAR's.
+
+    "auto" (in mode `exact`) chooses it for each round from the speed of those before: 0, where the target makes the
+    step alone, 1, 2, 4, … The distribution is the target's all the same. But a token made alone uses its noise in
+    another way than one that was drafted, and what is fastest depends on timing: so the same seed may draw another
+    image on another run.
+    """
     draft_steps: int | None = None
     """head evaluations per drafted token; None evaluates every step (two in five of them for "self")"""
     tau: float = 1.0
@@ -50,9 +59,9 @@ class DecodeOptions:
         if not isinstance(self.draft, str | None):
             raise UsageError(f"draft is {self.draft!r}; expected the name of a draft, or {SELF_DRAFT!r}")
         for name in ("draft_length", "draft_steps", "ar_steps"):
-            value = getattr(self, name)
-            if value is not None:
-                check_whole_number(name, value, 1)
+            value, word = getattr(self, name), AUTO if name == "draft_length" else None
+            if value is not None and not (isinstance(value, str) and value == word):
+                check_whole_number(name, value, 1, word=word)
         for name in ("tau", "temperature"):
             value = getattr(self, name)
             if not (_is_number(value) and SMALLEST <= value <= LARGEST):
@@ -63,9 +72,15 @@ class DecodeOptions:
             raise UsageError(f"guidance is {self.guidance!r}; expected a number from 0 to {LARGEST} (1 is no guidance)")
 
 
-def check_whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
-    """`value` as an int; raises UsageError unless it is a whole number from `least` to `most`."""
+def check_whole_number(
+    name: str, value: object, least: int, most: int | None = None, *, word: str | None = None
+) -> int:
+    """`value` as an int; raises UsageError unless it is a whole number from `least` to `most`.
+
+    `word` is what else the caller takes, for the message.
+    """
     wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+    wanted += "" if word is None else f", or {word!r}"
     try:
         number = operator.index(value)  # type: ignore[arg-type]  # what is not a whole number is refused below
     except TypeError as error:

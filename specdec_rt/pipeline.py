@@ -16,10 +16,11 @@ from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import read_recipe
 from specdec_rt.build.select import open_backend
 from specdec_rt.bundle import Bundle, load_bundle
-from specdec_rt.config import SELF_DRAFT, DecodeOptions, Mode, check_whole_number
+from specdec_rt.config import AUTO, SELF_DRAFT, DecodeOptions, Mode, check_whole_number
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import Model
 from specdec_rt.decode.loop import Decoder, Plan, Session
+from specdec_rt.decode.pace import Pace
 from specdec_rt.decode.stats import Counters, Stats
 from specdec_rt.decode.steps import Steps
 from specdec_rt.engine import Backend, Engine, run_once
@@ -47,6 +48,8 @@ __all__ = ["Pipeline", "Result", "load"]
 DEFAULT_BATCH_SIZE = 16
 KEPT_CHAINS = 8
 """Chains (a request's temperature makes a new one), and what is built on them, kept for the next request."""
+LONGEST = 8
+"""AR steps that a round drafts at most where they are chosen on the way, and engines set no limit."""
 PAPER_PREFILL = 0.05
 SELF_SHARE = 0.4
 """Share of the chain's steps that the "self" draft evaluates where nothing else is asked for."""
@@ -113,6 +116,7 @@ class Pipeline:
         self._head = lru_cache(maxsize=KEPT_CHAINS)(self._make_head)
         self._backbone = lru_cache(maxsize=KEPT_CHAINS)(self._make_backbone)
         self._steps = lru_cache(maxsize=KEPT_CHAINS)(self._make_steps)
+        self._paces: dict[tuple[object, ...], Pace] = {}
         self._turn = threading.RLock()
         self._busy = False
 
@@ -130,8 +134,9 @@ class Pipeline:
         """Make one image for each of `labels [N]`.
 
         Image i draws its noise under key `indices[i]` (default i): the same seed and key give the same
-        image whatever the batch. Options are those of `DecodeOptions`, as a whole or by name. Raises
-        UsageError (ChainError where the bundle's chain cannot do what the mode needs).
+        image whatever the batch (but for `draft_length="auto"`, see there). As an image is done, the next takes
+        its place in the batch. Options are those of `DecodeOptions`, as a whole or by name. Raises UsageError
+        (ChainError where the bundle's chain cannot do what the mode needs).
         """
         if options is not None and overrides:
             raise UsageError(f"both options and {sorted(overrides)} were given; pass one or the other")
@@ -167,11 +172,7 @@ class Pipeline:
             if self.bundle.manifest.decoder is not None:
                 self._graph_engine(self.bundle.manifest.decoder.graph)
             started = time.perf_counter()
-            parts = [
-                Decoder(session, noise, labels[i : i + size], keys[i : i + size], counters, tell).run()
-                for i in range(0, len(labels), size)
-            ]
-            tokens: FloatArray = np.concatenate(parts)
+            tokens = Decoder(session, noise, labels, keys, counters, tell, lanes=size).run()
             images = self.draw(tokens)
             seconds = time.perf_counter() - started
         mode = session.plan.mode
@@ -200,7 +201,14 @@ class Pipeline:
         branches = 1 if plan.guidance == 1 else 2
         with self._own_turn():
             slots = plan.slots if self.bundle.manifest.target.cache else 0  # else every γ would have steps of its own
-            return Session(plan, self._steps(plan.mode, plan.draft, chain.spec, branches, slots, evaluate))
+            steps = self._steps(plan.mode, plan.draft, chain.spec, branches, slots, evaluate)
+            pace = None
+            if plan.paced:
+                # What changes the cost of rounds. The bundle has one chain, which a temperature makes no longer.
+                key = (plan.draft, evaluate, branches, plan.schedule.steps)
+                new = Pace(plan.schedule.known, plan.draft_length, uneven=plan.random_order)
+                pace = self._paces.setdefault(key, new)
+            return Session(plan, steps, pace)
 
     @contextmanager
     def _own_turn(self) -> Iterator[None]:
@@ -241,16 +249,25 @@ class Pipeline:
                 + (f"one of the drafts {others}" if others else "mode 'target', or export again with a draft")
                 + ("" if chain.refusal() else ", or mode 'exact'")
             )
-        most = self.backend.limits.draft_length
-        if options.draft_length is not None and most is not None and options.draft_length > most:
+        given = None if options.draft_length == AUTO else options.draft_length
+        auto = options.draft_length == AUTO
+        if auto and mode == "paper":
             raise UsageError(
-                f"draft_length is {options.draft_length}, but the engines of backend {self.backend.name!r} are built "
+                "draft_length is 'auto', but in mode 'paper' the share of tokens that the target makes alone changes "
+                "their distribution: expected a whole number, or mode 'exact'"
+            )
+        most = self.backend.limits.draft_length
+        if given is not None and most is not None and given > most:
+            raise UsageError(
+                f"draft_length is {given}, but the engines of backend {self.backend.name!r} are built "
                 f"for {most} at most: take a recipe with a larger draft_length"
             )
-        if self_draft and options.draft_length not in (None, 1):
-            raise UsageError(f"draft_length is {options.draft_length}; draft 'self' proposes 1 AR step per round")
+        if self_draft and given not in (None, 1):
+            raise UsageError(f"draft_length is {given}; draft 'self' proposes 1 AR step per round")
         schedule = self._schedule(defaults.ar_steps if options.ar_steps is None else options.ar_steps)
-        wanted = options.draft_length or min(defaults.draft_length, most or defaults.draft_length)
+        wanted = given or min(defaults.draft_length, most or defaults.draft_length)
+        if auto:
+            wanted = most or LONGEST
         if mode == "exact":
             chain.require_density_ratio()
         steps = options.draft_steps
@@ -272,6 +289,7 @@ class Pipeline:
             random_order=manifest.family == "mar",
             prefill=int(np.searchsorted(schedule.known, prefill * manifest.tokens)),
             draft_length=1 if self_draft else min(wanted, schedule.steps),
+            paced=auto and mode == "exact",
             evaluate=None if steps is None else evaluated_steps(chain.length, steps),
             draft=None if self_draft or mode == "target" else draft,
             tau=options.tau,

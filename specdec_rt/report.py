@@ -30,6 +30,8 @@ def stats_table(stats: Stats, tokens: int) -> Table:
         rows["draft tokens proposed"] = f"{stats.drafted:,}"
         rows["draft tokens accepted"] = f"{stats.accepted:,} ({stats.acceptance_rate:.1%} of those judged)"
         rows["tokens per round"] = f"{stats.tokens_per_round:.2f}"
+    if 0 in stats.draft_lengths:  # chosen on the way
+        rows["AR steps drafted"] = ", ".join(f"{length} ({count:,} ×)" for length, count in stats.draft_lengths.items())
     for name in ("target_backbone_calls", "draft_backbone_calls", "sequential_head_calls"):
         calls = getattr(stats, name)
         rows[name.replace("_", " ")] = f"{calls:,} ({calls / tokens:.2f} per token)"

@@ -7,8 +7,9 @@ import numpy as np
 from specdec_rt.bench.cost import Acceptance, Costs, HostCost, Prediction, Workload, simulate
 from specdec_rt.bench.graph_times import GraphTimes
 from specdec_rt.bench.timing import profile
-from specdec_rt.config import SELF_DRAFT, DecodeOptions
+from specdec_rt.config import AUTO, SELF_DRAFT, DecodeOptions
 from specdec_rt.decode.stats import Stats
+from specdec_rt.errors import UsageError
 from specdec_rt.pipeline import Pipeline
 from specdec_rt.schedule import compile_chain, evaluated_steps
 
@@ -55,7 +56,9 @@ class Predictor:
         self._hosts: dict[tuple[bool, int], HostCost] = {}
 
     def workload(self, options: DecodeOptions, batch: int) -> Workload:
-        """How a request of one batch is decoded."""
+        """How a request of one batch is decoded. Raises UsageError where the draft length is chosen on the way."""
+        if options.draft_length == AUTO:
+            raise UsageError("draft_length is 'auto'; a prediction is for one draft length: expected a whole number")
         manifest = self.pipeline.bundle.manifest
         hypothetical = self._share is not None and options.mode == "exact"
         # A draft that is not there is asked for as the target's own, with the rounds of a model.

@@ -1,5 +1,6 @@
 """The loop of rounds: draft, verify, accept, commit, every image at its own pace."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ import numpy as np
 from specdec_rt.config import GuidanceSchedule, Mode
 from specdec_rt.decode.chain import Trajectory
 from specdec_rt.decode.draft import ChainNoise, Model, Proposal
+from specdec_rt.decode.pace import Pace
 from specdec_rt.decode.stats import Counters
 from specdec_rt.decode.steps import Steps
 from specdec_rt.decode.verify import (
@@ -42,7 +44,7 @@ class Plan:
     prefill: int
     """AR steps that the target makes alone"""
     draft_length: int
-    """AR steps drafted per round"""
+    """AR steps drafted per round, at most"""
     evaluate: BoolArray | None
     """`[n]` the steps at which the draft calls its head; None: all"""
     draft: str | None
@@ -51,6 +53,8 @@ class Plan:
     guidance: float
     guidance_schedule: GuidanceSchedule
     emit_mean: bool
+    paced: bool = False
+    """whether a `Pace` chooses the draft length of each round"""
 
     @property
     def tokens(self) -> int:
@@ -78,6 +82,8 @@ class Session:
 
     plan: Plan
     steps: Steps
+    pace: Pace | None = None
+    """what chooses draft lengths; None: they are the plan's"""
 
     @property
     def target(self) -> Model:
@@ -92,12 +98,13 @@ class Session:
 
 
 class Decoder:
-    """One batch from first to last token.
+    """The images of a request from first to last token, so many `lanes` of them at a time (default: all).
 
-    Every image has a *lane* of its own in the buffers; lanes are never fewer than the images that are not
-    done, and may be more (the next size that steps are captured for): idle lanes stand past the last AR step.
-    `images [B]` are the images' keys to their noise, `labels [B]` theirs; `committed` is told of every token
-    when it is final.
+    An image that is being made has a *lane* of its own in the buffers. Where every image advances at its own pace,
+    a lane whose image is done takes the next that waits; else all that were begun end together, and the next
+    ones begin together. Lanes are never fewer than the images under way, and may be more (the next size that
+    steps are captured for): idle lanes stand past the last AR step. `images [N]` are the images' keys to their
+    noise, `labels [N]` theirs; `committed` is told of every token when it is final.
     """
 
     def __init__(
@@ -108,43 +115,59 @@ class Decoder:
         images: IntArray,
         counters: Counters,
         committed: Callable[[int], None],
+        *,
+        lanes: int | None = None,
     ) -> None:
         plan = self._plan = session.plan
         self._steps = session.steps
+        self._pace = session.pace
+        self._clock = time.perf_counter if session.pace is None else session.pace.clock
         self._chain = session.lead.head.chain
         self._token_dim = session.lead.head.token_dim
         self._noise = noise
         self._images = images
+        self._labels = labels
         self._counters = counters
         self._tell = committed
         self.order = self._draw_order()
-        """`[B, L]` each image's places in the order in which they are predicted"""
-        self._fed = np.zeros((len(images), plan.tokens, self._token_dim), np.float32)
-        self._shown = np.zeros_like(self._fed)
-        idle = session.steps.device.lanes(len(images)) - len(images)
-        self._lane = np.concatenate([np.arange(len(images)), np.zeros(idle, np.int64)])
+        """`[N, L]` each image's places in the order in which they are predicted"""
+        self._shown = np.zeros((len(images), plan.tokens, self._token_dim), np.float32)
+        self._most = len(images) if lanes is None else lanes
+        self._begun = 0
+        """images that have, or had, a lane: the later ones wait"""
+        self._behind = False
+        """whether the target made tokens alone that the draft has not taken in"""
+        self._lane: IntArray
         """`[A]` the image of each lane"""
-        self._step = np.concatenate([np.zeros(len(images), np.int64), np.full(idle, plan.schedule.steps)])
+        self._step: IntArray
         """`[A]` the AR step that each lane makes next"""
-        for model in session.steps.models:
-            model.backbone.begin(labels[self._lane])
+        self._fed: FloatArray
+        """`[A, L, D]` the tokens that each lane's image goes on from"""
 
     def run(self) -> FloatArray:
-        """Decode all tokens; returns those to show, `[B, L, D]` float32."""
+        """Decode all tokens; returns those to show, `[N, L, D]` float32."""
+        while self._begun < len(self._images):
+            self._seat()
+            self._decode()
+        return self._shown
+
+    def _decode(self) -> None:
+        """All tokens of the images that have lanes, and of those that take their places."""
         plan, steps = self._plan, self._steps
         if plan.mode == "draft":
             self._alone(steps.draft, plan.schedule.steps)
-            return self._shown
+            return
         self._alone(steps.target, plan.schedule.steps if plan.mode == "target" else plan.prefill)
         self._retire()
-        if steps.draft is not None and self._going.any():
-            known = self._plan.schedule.known
-            calls = steps.catch_up(self.order[self._lane], known, self._fed[self._lane], plan.prefill)
-            self._counters.draft_backbone_calls += calls * int(self._going.sum())
+        self._catch_up(plan.prefill)
         while self._going.any():
-            self._round()
+            if self._pace is None:
+                self._round(plan.draft_length)
+            else:
+                self._paced(self._pace)
+            if not plan.prefill:  # which the images of a batch go through together
+                self._refill()
             self._retire()
-        return self._shown
 
     @property
     def _going(self) -> BoolArray:
@@ -156,37 +179,72 @@ class Decoder:
     def _alone(self, model: Model | None, count: int) -> None:
         """Make the tokens of so many AR steps of every image without speculation."""
         assert model is not None
-        plan, batch, drafting = self._plan, len(self._images), model is self._steps.draft
-        head_calls = self._head_calls(plan.evaluate if drafting else None)
         for _ in range(count):
-            span = self._span(1)
-            noise = self._chain_noise(self._images[self._lane[span.owner]], span.place)
-            guidance = plan.guidance_at(span.ar_step)
-            token, mean = self._steps.single(model, self._fed[self._lane], span, noise, guidance)
-            if drafting:
-                self._counters.draft_backbone_calls += batch
-            else:
-                self._counters.target_backbone_calls += batch
-            self._counters.sequential_head_calls += batch * head_calls
-            self._store(span, slice(None), token, mean)
-            self._step[self._going] += 1
-            self._tell(len(span.owner))
+            self._single(model)
+
+    def _single(self, model: Model) -> None:
+        """One AR step of each image."""
+        plan, counters, going, drafting = self._plan, self._counters, self._going, model is self._steps.draft
+        images = int(going.sum())
+        span = self._span(1)
+        noise = self._chain_noise(self._images[self._lane[span.owner]], span.place)
+        token, mean = self._steps.single(model, self._fed, span, noise, plan.guidance_at(span.ar_step))
+        if drafting:
+            counters.draft_backbone_calls += images
+        else:
+            counters.target_backbone_calls += images
+        counters.sequential_head_calls += images * self._head_calls(plan.evaluate if drafting else None)
+        self._store(span, slice(None), token, mean)
+        self._step[going] += 1
+        self._tell(len(span.owner))
+
+    def _catch_up(self, count: int) -> None:
+        """Let the draft take in what the target made alone of the first `count` AR steps."""
+        self._behind = False
+        if self._steps.draft is None or not self._going.any():
+            return
+        calls = self._steps.catch_up(self.order[self._lane], self._plan.schedule.known, self._fed, count)
+        self._counters.draft_backbone_calls += calls * int(self._going.sum())
 
     # --- a round -----------------------------------------------------------------------------------
 
-    def _round(self) -> None:
-        """Draft the next AR steps of each image, verify them, commit what stands.
+    def _paced(self, pace: Pace) -> None:
+        """A round of the length that the pace chooses; of length 0, an AR step by the target alone."""
+        going, known = self._going, self._plan.schedule.known
+        step = self._step[going]
+        waiting = 0 if self._plan.prefill else len(self._images) - self._begun
+        length = pace.choose(step, len(self._lane), waiting, behind=self._behind)
+        if length and self._behind:
+            started = pace.clock()
+            # Some lanes are fed more than they have: it stands past their last token, and is overwritten before
+            # it is read, like what a dropped draft leaves. So few lengths will do where each has to be captured.
+            self._catch_up(self._steps.device.padded(int(step.max()), len(known) - 1))
+            pace.note_catch_up(pace.clock() - started)
+        started = pace.clock()
+        completion, accepted, rejected = 0.0, 0, 0
+        if length:
+            completion, accepted, rejected = self._round(length)
+        else:
+            assert self._steps.target is not None
+            self._single(self._steps.target)
+            self._counters.draft_lengths[0] += len(step)
+            self._behind = self._steps.draft is not None
+        pace.note(pace.clock() - started - completion, completion, accepted, rejected)
+
+    def _round(self, length: int) -> tuple[float, int, int]:
+        """Draft up to `length` AR steps of each image, verify them, commit what stands.
 
         The sets of tokens before the first one with a rejection are kept; that set is committed with its
-        rejected tokens redrawn; what was drafted after it is dropped.
+        rejected tokens redrawn; what was drafted after it is dropped. Returns the seconds that the redrawing took,
+        and how many tokens were accepted and rejected; of dropped ones it says nothing: their noise is used again.
         """
         plan, going = self._plan, self._going
         left = plan.schedule.steps - self._step  # [A]
-        span = self._span(min(plan.draft_length, int(left.max())))
+        span = self._span(min(length, int(left.max())))
         image = self._images[self._lane[span.owner]]
         noise = self._chain_noise(image, span.place)
         guidance = plan.guidance_at(span.ar_step)
-        drawn, verified = self._steps.round(self._fed[self._lane], span, noise, guidance)
+        drawn, verified = self._steps.round(self._fed, span, noise, guidance)
         proposal = Proposal(noise, drawn)
         judgement = self._judge(proposal, verified, image, span.place)
 
@@ -198,21 +256,26 @@ class Decoder:
         rows = np.flatnonzero(taken & ~accepted)
         taken &= accepted
         self._store(span, taken, proposal.token[taken], judgement.mean[taken])
+        started = self._clock()
         if len(rows):
             made = self._complete(guidance, proposal, judgement, rows, image[rows], span.place[rows])
             self._store(span, rows, made.token, made.mean)
             longest = np.zeros(len(left), np.int64)
             np.maximum.at(longest, span.owner[rows], made.head_calls)
             self._counters.sequential_head_calls += int(longest.sum())
+        completion = self._clock() - started if len(rows) else 0.0
         self._step += np.minimum(kept + 1, drafted)
-        self._count_round(drafted[going], len(span.owner), accepted=int(taken.sum()), rejected=len(rows))
-        self._tell(int(taken.sum()) + len(rows))
+        kept_tokens = int(taken.sum())
+        self._count_round(drafted[going], len(span.owner), accepted=kept_tokens, rejected=len(rows))
+        self._tell(kept_tokens + len(rows))
+        return completion, kept_tokens, len(rows)
 
     def _count_round(self, steps: IntArray, drafted: int, *, accepted: int, rejected: int) -> None:
         """Count a round of A images that drafted `steps [A]` AR steps each, `drafted` tokens in all."""
         plan, counters = self._plan, self._counters
         aligned = self._head_calls(None) if plan.mode == "paper" else 0  # all rows in one batch
         counters.rounds += len(steps)
+        counters.draft_lengths.update(steps.tolist())
         counters.committed += accepted + rejected
         counters.drafted += drafted
         counters.accepted += accepted
@@ -273,9 +336,41 @@ class Decoder:
         return Span.of(self.order[self._lane], self._plan.schedule.known, self._step, length)
 
     def _store(self, span: Span, rows: BoolArray | IntArray | slice, token: FloatArray, mean: FloatArray) -> None:
-        image, place = self._lane[span.owner[rows]], span.place[rows]
-        self._fed[image, place] = token
-        self._shown[image, place] = mean if self._plan.emit_mean else token
+        lane, place = span.owner[rows], span.place[rows]
+        self._fed[lane, place] = token
+        self._shown[self._lane[lane], place] = mean if self._plan.emit_mean else token
+
+    def _seat(self) -> None:
+        """Give the next images that wait lanes, all anew."""
+        first, count = self._begun, min(self._most, len(self._images) - self._begun)
+        idle = self._steps.device.lanes(count) - count
+        self._lane = np.concatenate([np.arange(first, first + count), np.full(idle, first)])
+        self._step = np.concatenate([np.zeros(count, np.int64), np.full(idle, self._plan.schedule.steps)])
+        self._fed = np.zeros((len(self._lane), *self._shown.shape[1:]), np.float32)
+        self._begun += count
+        self._behind = False
+        self._begin()
+        if self._pace is not None:
+            self._pace.begin(len(self._lane))
+
+    def _refill(self) -> None:
+        """Let images that wait begin in lanes whose own are done."""
+        waiting = len(self._images) - self._begun
+        if not waiting:
+            return
+        going = self._going
+        free = np.flatnonzero(~going)[: min(waiting, self._most - int(going.sum()))]
+        if not len(free):
+            return
+        self._lane[free] = self._begun + np.arange(len(free))
+        self._step[free], self._fed[free] = 0, 0
+        self._begun += len(free)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Tell the backbones whose lanes they are. What older images left in caches stands past the new ones' step."""
+        for model in self._steps.models:
+            model.backbone.begin(self._labels[self._lane])
 
     def _retire(self) -> None:
         """Leave out lanes that are done, as far as fewer lanes are of use."""
@@ -285,7 +380,7 @@ class Decoder:
             return
         idle = np.flatnonzero(~self._going)[: lanes - len(going)]
         kept = np.sort(np.concatenate([going, idle]))
-        self._lane, self._step = self._lane[kept], self._step[kept]
+        self._lane, self._step, self._fed = self._lane[kept], self._step[kept], self._fed[kept]
         for model in self._steps.models:
             model.backbone.select(kept)
 

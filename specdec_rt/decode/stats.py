@@ -1,6 +1,7 @@
 """What decoding cost: counters that the loop fills, and the figures made of them."""
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 
 from specdec_rt.config import Mode
 
@@ -22,6 +23,8 @@ class Counters:
     draft_backbone_calls: int = 0
     sequential_head_calls: int = 0
     """single steps of a chain, of either model; a batched verification is none"""
+    draft_lengths: Counter[int] = field(default_factory=Counter)
+    """rounds by the AR steps drafted in them; at 0 the AR steps that a pace left to the target alone, no rounds"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,9 @@ class Stats:
     acceptance_rate: float | None
     """accepted / (accepted + rejected)"""
     tokens_per_round: float | None
+    draft_lengths: dict[int, int]
+    """rounds by the AR steps drafted in them, ascending. Where draft_length is "auto", 0 stands for the AR steps that
+    the target was left to make alone: those are no rounds"""
     target_backbone_calls: int
     draft_backbone_calls: int
     sequential_head_calls: int
@@ -60,6 +66,7 @@ class Stats:
             rejected=counters.rejected,
             acceptance_rate=counters.accepted / judged if judged else None,
             tokens_per_round=counters.committed / counters.rounds if counters.rounds else None,
+            draft_lengths=dict(sorted(counters.draft_lengths.items())),
             target_backbone_calls=counters.target_backbone_calls,
             draft_backbone_calls=counters.draft_backbone_calls,
             sequential_head_calls=counters.sequential_head_calls,

@@ -1,22 +1,37 @@
-"""A chain over two small random networks, behind the Engine protocol: decoding runs on it as on real engines."""
+"""A chain over two small random networks, behind the Engine protocol: decoding runs on it as on real engines.
 
-from collections.abc import Mapping
+`toy_session` makes images of it: a few tokens, each drawn in the light of the one before it.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from specdec_rt.backends.host import HostDevice
 from specdec_rt.decode.chain import Head
+from specdec_rt.decode.draft import Model
+from specdec_rt.decode.loop import Plan, Session
+from specdec_rt.decode.steps import Steps
 from specdec_rt.engine import BoundCall
-from specdec_rt.schedule import Chain, ChainSpec, compile_chain
-from specdec_rt.types import Array, FloatArray
+from specdec_rt.families.backbone import Ask, Backbone
+from specdec_rt.families.span import Span
+from specdec_rt.noise import Purpose
+from specdec_rt.schedule import Chain, ChainSpec, compile_chain, raster_schedule
+from specdec_rt.types import Array, FloatArray, IntArray
 
-__all__ = ["DIM", "TOY_CHAIN", "toy_head"]
+__all__ = ["DIM", "IMAGE_CHAIN", "TOY_CHAIN", "TableNoise", "toy_head", "toy_session"]
 
 DIM, HIDDEN = 2, 16
+PULL = 0.1
+"""What a token's noise prediction takes of the token before it."""
 TOY_CHAIN = compile_chain(
     ChainSpec(steps=8, t_max=960, drop_last=1, final_std=0.15, variance="large", temperature=1.0, emit="mean")
 )
+IMAGE_CHAIN = compile_chain(
+    ChainSpec(steps=4, t_max=600, drop_last=1, final_std=1.0, variance="large", temperature=1.0, emit="sample")
+)
+"""Short, with much of its noise in the last transition, which is shown: a bias in how noise is used is seen early."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +64,12 @@ class RandomNet:
 
 
 class ModulationEngine:
-    """`modulation`: the time table's one column is the time itself, and all that a condition makes of the head."""
+    """`modulation`: the time table's one column, which is the time itself, and the condition."""
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002
         def call() -> None:
-            outputs["modulation"][:] = inputs["time_table"][inputs["step"]][:, None]
+            outputs["modulation"][..., :1] = inputs["time_table"][inputs["step"]][:, None]
+            outputs["modulation"][..., 1:] = inputs["z"].swapaxes(0, 1)[inputs["row"]]
 
         return call
 
@@ -68,7 +84,8 @@ class StepEngine:
         def call() -> None:
             step = inputs["step"]
             of_state, of_epsilon, std, _ = inputs["coefficients"][step][..., None].swapaxes(0, 1)
-            epsilon = self.net(inputs["state"], inputs["modulation"][:, 0, 0])
+            time, z = np.split(inputs["modulation"][:, 0], [1], axis=1)
+            epsilon = self.net(inputs["state"], time[:, 0]) + PULL * z
             outputs["mean"][:] = of_state * inputs["state"] + of_epsilon * epsilon
             outputs["next_state"][:] = outputs["mean"] + std * inputs["noise"]
 
@@ -84,18 +101,92 @@ class DensityEngine:
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002
         def call() -> None:
             state = inputs["path"][:, :-1]
-            epsilon = self.net(state, inputs["time_table"][:, 0])
+            epsilon = self.net(state, inputs["time_table"][:, 0]) + PULL * inputs["z"][0][:, None]
             coefficients = inputs["coefficients"]
             outputs["mean"][:] = coefficients[:, :1] * state + coefficients[:, 1:2] * epsilon
 
         return call
 
 
-def toy_head(chain: Chain, *, draft: bool) -> Head:
+def toy_head(chain: Chain, *, draft: bool, share: float = 0.06, z_dim: int = 1) -> Head:
     """The target's head, or a draft's: the same network moved some way towards another one."""
     net = RandomNet.of(0)
     if draft:
-        net = net.mixed(RandomNet.of(1), 0.06)
+        net = net.mixed(RandomNet.of(1), share)
     time_table = (chain.timestep[:, None] / 500 - 1).astype(np.float32)
     engines = ModulationEngine(), StepEngine(net), DensityEngine(net)
-    return Head(HostDevice(), *engines, time_table, chain, DIM, z_dim=1, modulation_width=1)
+    return Head(HostDevice(), *engines, time_table, chain, DIM, z_dim=z_dim, modulation_width=1 + z_dim)
+
+
+class ToyBackbone(Backbone):
+    """The condition of a token is the token before it; of an image's first, 0."""
+
+    def __init__(self, device: HostDevice) -> None:
+        super().__init__(device, None, DIM, 0, branches=1)  # type: ignore[arg-type]  # it has no engine
+        self._asks: dict[tuple[int, int], tuple[Ask, Array]] = {}
+
+    def ask(self, span: Span, slot: int = 0) -> tuple[Ask, IntArray]:
+        """As in `Backbone`."""
+        rows = len(span.owner)
+        if (rows, slot) not in self._asks:
+            tokens, first = np.zeros((rows, DIM), np.float32), np.zeros((rows, 1), np.bool_)
+            z = np.zeros_like(tokens)
+
+            def call() -> None:
+                z[:] = np.where(first, 0, tokens)
+
+            self._asks[rows, slot] = Ask((), tokens, np.zeros(rows, np.int64), z, (call,)), first
+        ask, first = self._asks[rows, slot]
+        first[:, 0] = span.place == 0
+        ask.token_index[:] = span.owner * span.order.shape[1] + np.maximum(span.place - 1, 0)
+        return ask, np.arange(rows)[None]
+
+    def catch_up(self, order: IntArray, known: IntArray, steps: int) -> Ask | None:  # noqa: ARG002  # the protocol's
+        """As in `Backbone`."""
+        return None
+
+
+def toy_session(tokens: int) -> Session:
+    """A target, a draft, and a plan for images of so many tokens."""
+    device = HostDevice()
+    target, draft = (
+        Model(ToyBackbone(device), toy_head(IMAGE_CHAIN, draft=draft, share=0.4, z_dim=DIM)) for draft in (False, True)
+    )
+    plan = Plan(
+        mode="exact",
+        schedule=raster_schedule(tokens),
+        random_order=False,
+        prefill=0,
+        draft_length=tokens,
+        evaluate=None,
+        draft="toy",
+        tau=1.0,
+        guidance=1.0,
+        guidance_schedule="constant",
+        emit_mean=False,
+    )
+    return Session(plan, Steps(device, target=target, draft=draft, evaluate=None, aligned=False))
+
+
+class TableNoise:
+    """As `noise.Draws`, drawn beforehand for all images."""
+
+    def __init__(self, seed: int, images: int, tokens: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._shape = images, tokens
+        self._tables: dict[tuple[int, ...], FloatArray] = {}
+
+    def normal(self, image: IntArray, token: IntArray, purpose: Purpose, steps: int, dim: int) -> FloatArray:
+        """As in `Draws`."""
+        return self._table((purpose, steps, dim), self._rng.standard_normal)[image, token].astype(np.float32)
+
+    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int) -> FloatArray:
+        """As in `Draws`."""
+        return self._table((purpose, count), self._rng.random)[image, token]
+
+    def _table(
+        self, key: tuple[Purpose, *tuple[int, ...]], draw: Callable[[tuple[int, ...]], FloatArray]
+    ) -> FloatArray:
+        if key not in self._tables:
+            self._tables[key] = draw((*self._shape, *key[1:]))
+        return self._tables[key]

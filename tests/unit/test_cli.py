@@ -25,6 +25,7 @@ JSON_FIELDS = [
     "rounds",
     "acceptance_rate",
     "tokens_per_round",
+    "draft_lengths",
     "target_backbone_calls",
     "draft_backbone_calls",
     "sequential_head_calls",
@@ -162,6 +163,19 @@ def test_exact_json(run):
     assert 0 <= record["acceptance_rate"] <= 1
     assert record["tokens_per_round"] == 1
     assert record["rounds"] == record["target_backbone_calls"] == 49
+    assert record["draft_lengths"] == {"1": 49}
+
+
+def test_a_draft_length_that_is_chosen_on_the_way(run):
+    code, out, _ = run(
+        "generate", "--labels", "4", "--draft", "self", "--draft-length", "auto", "--json", "--out", "x.png"
+    )
+    record = json.loads(out)
+    assert code == 0
+    assert set(record["draft_lengths"]) <= {"0", "1"}
+    assert sum(record["draft_lengths"].values()) == record["target_backbone_calls"] == 49
+    _, _, err = run("generate", "--labels", "4", "--draft", "self", "--draft-length", "auto", "--out", "x.png")
+    assert "AR steps drafted" in err
 
 
 def test_one_picture_per_image(run, tmp_path):
@@ -269,7 +283,11 @@ def test_inspect_tells_why_exact_cannot_work(run, tmp_path):
         (("--seed", "-1"), "seed is -1; expected"),
         (("--mode", "fast"), "mode is 'fast'; expected one of exact, paper, target, draft"),
         (("--draft", "nobody"), "draft is 'nobody'; bundle 'digits' has"),
-        (("--draft-length", "-1"), "draft_length is -1; expected"),
+        (("--draft-length", "-1"), "draft_length is -1; expected a whole number of at least 1, or 'auto'"),
+        (("--draft-length", "0"), "draft_length is 0; expected a whole number of at least 1, or 'auto'"),
+        (("--draft-length", "some"), "draft_length is 'some'; expected a whole number of at least 1, or 'auto'"),
+        (("--draft-length", "2.5"), "draft_length is '2.5'; expected a whole number"),
+        (("--draft-length", "auto", "--mode", "paper"), "draft_length is 'auto', but in mode 'paper'"),
         (("--draft-steps", "0"), "draft_steps is 0; expected"),
         (("--tau", "0"), "tau is 0.0; expected a number above 0"),
         (("--tau", "nan"), "tau is nan; expected"),
