@@ -126,8 +126,9 @@ def _measured(results: Results) -> tuple[Measured, ...]:
     """The runtime's cases, with the acceptance that they showed (or were forced to)."""
     forced, found = results.scenario.forced, []
     left = {name: row["observed"]["left"] for (name, _), row in results.rows.items() if "observed" in row}
+    paced = {variant.name for variant in results.scenario.variants if variant.paced}
     for (name, batch), row in results.rows.items():
-        if row["engine"] == "runtime":
+        if row["engine"] == "runtime" and name not in paced:  # whose draft lengths are not known beforehand
             rates = [process["stats"].get("acceptance_rate") for process in row["processes"]]
             rate = sum(rates) / len(rates) if None not in rates else None
             if forced is not None:

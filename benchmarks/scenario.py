@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from specdec_rt.config import DecodeOptions
+from specdec_rt.config import AUTO, DecodeOptions
 from specdec_rt.errors import UsageError
 from specdec_rt.pipeline import make_options
 
@@ -37,6 +37,11 @@ class TorchVariant(_Table):
     adds: str = ""
     """what it adds to the row before it in the ablation; nothing: it is no row there"""
 
+    @property
+    def paced(self) -> bool:
+        """Whether draft lengths are chosen on the way."""
+        return False
+
     def distribution(self, scenario: "Scenario") -> tuple[bool, str]:  # noqa: ARG002  # as the other kind's
         """Whether it draws from the target's distribution, and in words."""
         return True, "the target's"
@@ -62,6 +67,11 @@ class RuntimeVariant(_Table):
         except UsageError as error:
             raise ValueError(str(error)) from error
         return options
+
+    @property
+    def paced(self) -> bool:
+        """As `TorchVariant.paced`."""
+        return bool(self.options.get("draft_length") == AUTO)
 
     def decode_options(self, scenario: "Scenario") -> DecodeOptions:
         """Of a request: its own, and the scenario's AR steps where it names none."""
