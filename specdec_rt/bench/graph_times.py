@@ -18,7 +18,7 @@ __all__ = ["GraphTimes", "bind_graph", "graph_sizes", "time_call"]
 
 QUERIES = 4
 """Tokens that a MAR backbone is asked for: how many changes little."""
-SECONDS, FEWEST, MOST = 0.1, 3, 100
+SECONDS, FEWEST, MOST = 0.1, 3, 2000
 """For how long, and how often, a call is repeated."""
 
 
