@@ -101,7 +101,7 @@ def run_scenario(
         for variant, batch in cases:
             if (variant.name, batch) in failed:
                 continue
-            profiled = turn == 0 and isinstance(variant, RuntimeVariant)
+            profiled = turn == 0 and isinstance(variant, RuntimeVariant) and variant.workers == 1
             found = _perform(job("time", variant=variant, batch=batch, profiled=profiled), threads)
             row = results.add(variant, batch, found)
             if "failed" in found:
@@ -126,9 +126,13 @@ def _measured(results: Results) -> tuple[Measured, ...]:
     """The runtime's cases, with the acceptance that they showed (or were forced to)."""
     forced, found = results.scenario.forced, []
     left = {name: row["observed"]["left"] for (name, _), row in results.rows.items() if "observed" in row}
-    paced = {variant.name for variant in results.scenario.variants if variant.paced}
+    others = {
+        variant.name
+        for variant in results.scenario.variants
+        if isinstance(variant, RuntimeVariant) and (variant.paced or variant.workers > 1)
+    }
     for (name, batch), row in results.rows.items():
-        if row["engine"] == "runtime" and name not in paced:  # whose draft lengths are not known beforehand
+        if row["engine"] == "runtime" and name not in others:  # the model is of fixed draft lengths and one worker
             rates = [process["stats"].get("acceptance_rate") for process in row["processes"]]
             rate = sum(rates) / len(rates) if None not in rates else None
             if forced is not None:

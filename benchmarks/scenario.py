@@ -37,11 +37,6 @@ class TorchVariant(_Table):
     adds: str = ""
     """what it adds to the row before it in the ablation; nothing: it is no row there"""
 
-    @property
-    def paced(self) -> bool:
-        """Whether draft lengths are chosen on the way."""
-        return False
-
     def distribution(self, scenario: "Scenario") -> tuple[bool, str]:  # noqa: ARG002  # as the other kind's
         """Whether it draws from the target's distribution, and in words."""
         return True, "the target's"
@@ -54,6 +49,8 @@ class RuntimeVariant(_Table):
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
     """of `DecodeOptions`"""
+    workers: _Count = 1
+    """that share the images and the threads"""
     batches: tuple[_Count, ...] = ()
     adds: str = ""
     observe: bool = False
@@ -70,7 +67,7 @@ class RuntimeVariant(_Table):
 
     @property
     def paced(self) -> bool:
-        """As `TorchVariant.paced`."""
+        """Whether draft lengths are chosen on the way."""
         return bool(self.options.get("draft_length") == AUTO)
 
     def decode_options(self, scenario: "Scenario") -> DecodeOptions:

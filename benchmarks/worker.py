@@ -53,7 +53,8 @@ def perform(job: Job) -> dict[str, Any]:
     if isinstance(job.variant, TorchVariant):
         return _time_torch(job, job.variant)
     started = time.perf_counter()
-    pipeline = load(job.bundle, backend="onnxruntime", threads=job.threads)
+    workers = 1 if job.variant is None else job.variant.workers
+    pipeline = load(job.bundle, backend="onnxruntime", threads=job.threads, workers=workers)
     ready = time.perf_counter() - started
     with forced_verdicts(job.scenario.forced):
         if job.kind == "limits":

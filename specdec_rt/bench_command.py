@@ -52,6 +52,7 @@ def bench(
     recipe: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="How engines are built.")] = None,
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="The engine cache.")] = None,
     threads: Annotated[int | None, typer.Option(help="Cores that engines may use; all of them by default.")] = None,
+    workers: Annotated[int, typer.Option(help="Decoders that share images and cores, on a CPU.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Measure modes and batch sizes here, or predict them from the time of each graph."""
@@ -61,8 +62,13 @@ def bench(
     for option, value in (("draft", draft), ("draft-steps", draft_steps), ("draft-cost", draft_cost)):
         if value is not None and not predicted:
             raise UsageError(f"--{option} is about predictions; add --predict")
-    pipeline = load(bundle, backend=backend, recipe=recipe, cache=cache, threads=threads)
-    shared = {"bundle": pipeline.bundle.manifest.name, "backend": pipeline.backend.name, "threads": threads}
+    pipeline = load(bundle, backend=backend, recipe=recipe, cache=cache, threads=threads, workers=workers)
+    shared = {
+        "bundle": pipeline.bundle.manifest.name,
+        "backend": pipeline.backend.name,
+        "threads": threads,
+        "workers": workers,
+    }
     if predicted:
         rates = [float(rate) for rate in _numbers("acceptance", acceptance, float)]
         lengths = [check_whole_number("draft_lengths", one, 1) for one in _numbers("draft_lengths", draft_lengths, int)]

@@ -110,6 +110,7 @@ def generate(
         bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Capture the steps of decoding, or run them eagerly.")
     ] = True,
     threads: Annotated[int | None, typer.Option(help="Cores that engines may use; all of them by default.")] = None,
+    workers: Annotated[int, typer.Option(help="Decoders that share images and cores, on a CPU.")] = 1,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -134,7 +135,9 @@ def generate(
         temperature=temperature,
         ar_steps=ar_steps,
     )
-    pipeline = load(bundle, backend=backend, recipe=recipe, cache=cache, threads=threads, cuda_graph=cuda_graph)
+    pipeline = load(
+        bundle, backend=backend, recipe=recipe, cache=cache, threads=threads, workers=workers, cuda_graph=cuda_graph
+    )
     manifest = pipeline.bundle.manifest
     chosen = parse_labels(labels, manifest.classes)
     if count < 1:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ from specdec_rt.schedule import (
     evaluated_steps,
     raster_schedule,
 )
+from specdec_rt.side_by_side import side_by_side
 from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["Pipeline", "Result", "load"]
@@ -78,28 +79,34 @@ def load(
     recipe: str | Path | None = None,
     cache: str | Path | None = None,
     threads: int | None = None,
+    workers: int = 1,
     cuda_graph: bool = True,
 ) -> "Pipeline":
     """Check a bundle (a folder, or an embedded one's name) and make it ready to generate.
 
     `recipe` is the TOML file that engines are built by, `cache` the folder they are kept in; `threads` bounds
-    the cores that engines use, `cuda_graph=False` captures nothing. Raises BundleError, BackendError,
-    RecipeError or UsageError.
+    the cores that engines use, `cuda_graph=False` captures nothing. On a CPU `workers` share the images of a
+    request and the cores: each has engines and buffers of its own, and so many cores that none is shared. Raises
+    BundleError, BackendError, RecipeError or UsageError.
     """
     if threads is not None:
         check_whole_number("threads", threads, 1, os.cpu_count())  # more would only fight over the cores
+    check_whole_number("workers", workers, 1, threads or os.cpu_count())
     checked = load_bundle(bundle)
-    return Pipeline(
-        checked,
-        open_backend(
+    if workers > 1:
+        threads = (threads or os.cpu_count() or 1) // workers
+
+    def opened() -> Backend:
+        return open_backend(
             checked,
             backend,
             recipe=None if recipe is None else read_recipe(Path(recipe)),
             cache=None if cache is None else EngineCache(Path(cache)),
             threads=threads,
             cuda_graph=cuda_graph,
-        ),
-    )
+        )
+
+    return Pipeline(checked, opened(), [Pipeline(checked, opened()) for _ in range(workers - 1)])
 
 
 class Pipeline:
@@ -108,9 +115,11 @@ class Pipeline:
     Calls from several threads take turns: they share engines and buffers.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, others: Sequence["Pipeline"] = ()) -> None:
         self.bundle = bundle
         self.backend = backend
+        self._workers = [self, *others]
+        """those that the images of a request are shared out to"""
         self._engines: dict[str, Engine] = {}
         self._compiled = lru_cache(maxsize=KEPT_CHAINS)(compile_chain)
         self._head = lru_cache(maxsize=KEPT_CHAINS)(self._make_head)
@@ -155,9 +164,8 @@ class Pipeline:
                 f"batch_size is {size}, but the engines of backend {self.backend.name!r} are built for {most} at most: "
                 "take a recipe with larger batch_buckets"
             )
-        noise = NoiseSource(seed)
+        NoiseSource(seed)  # refuses a bad one
         tokens_each = self.bundle.manifest.tokens
-        counters = Counters()
         done = 0
 
         def tell(count: int) -> None:
@@ -168,14 +176,24 @@ class Pipeline:
 
         with self._request():
             # Engines that are still missing are made before the clock runs, and before work that they might waste.
-            session = self.session(options)
+            count = min(len(self._workers), size, len(labels))
+            sessions = [worker.session(options) for worker in self._workers[:count]]
             if self.bundle.manifest.decoder is not None:
                 self._graph_engine(self.bundle.manifest.decoder.graph)
+            counters = Counters()
+            parts = np.array_split(np.arange(len(labels)), count)
+            tasks = [
+                partial(_decode, session, seed, labels[part], keys[part], lanes)
+                for session, part, lanes in zip(sessions, parts, _shared(size, count), strict=True)
+            ]
             started = time.perf_counter()
-            tokens = Decoder(session, noise, labels, keys, counters, tell, lanes=size).run()
+            made = [tasks[0](tell)] if count == 1 else side_by_side(tasks, tell)
+            tokens: FloatArray = np.concatenate([part for part, _ in made])
             images = self.draw(tokens)
             seconds = time.perf_counter() - started
-        mode = session.plan.mode
+        for _, counted in made:
+            counters.add(counted)
+        mode = sessions[0].plan.mode
         stats = Stats.of(counters, mode=mode, backend=self.backend.name, images=len(labels), seconds=seconds)
         return Result(images, tokens, labels, stats)
 
@@ -394,6 +412,19 @@ class Pipeline:
             if not 0 <= number < limit:
                 raise UsageError(f"{name} holds {number}; expected 0 to {limit - 1}")
         return np.array(numbers, np.int64)
+
+
+def _decode(
+    session: Session, seed: int, labels: IntArray, keys: IntArray, lanes: int, tell: Callable[[int], None]
+) -> tuple[FloatArray, Counters]:
+    """Tokens `[N, L, D]` of some images, and what they took."""
+    counters = Counters()
+    return Decoder(session, NoiseSource(seed), labels, keys, counters, tell, lanes=lanes).run(), counters
+
+
+def _shared(size: int, count: int) -> list[int]:
+    """`size` in so many parts."""
+    return [size // count + (part < size % count) for part in range(count)]
 
 
 def make_options(**fields: object) -> DecodeOptions:

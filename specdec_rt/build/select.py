@@ -67,7 +67,10 @@ def _open(bundle: Bundle, recipe: Recipe, cache: EngineCache | None, threads: in
     if recipe.backend == "onnxruntime":
         return _on_cpu(bundle, recipe, threads)
     if threads is not None:
-        raise UsageError(f"threads is {threads}, but backend {recipe.backend!r} does not run on the CPU; leave it out")
+        raise UsageError(
+            f"threads is {threads}, but backend {recipe.backend!r} does not run on the CPU; "
+            "leave out threads and workers"
+        )
     return _on_gpu(bundle, recipe, cache or EngineCache(), graphs=recipe.cuda_graphs and cuda_graph)
 
 

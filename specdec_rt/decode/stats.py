@@ -26,6 +26,11 @@ class Counters:
     draft_lengths: Counter[int] = field(default_factory=Counter)
     """rounds by the AR steps drafted in them; at 0 the AR steps that a pace left to the target alone, no rounds"""
 
+    def add(self, other: "Counters") -> None:
+        """Take in what others counted."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:

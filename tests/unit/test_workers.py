@@ -1,0 +1,87 @@
+"""Decoders that share the images of a request, a thread each."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from specdec_rt import Pipeline, UsageError, load
+from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
+from specdec_rt.bundle import load_bundle
+from specdec_rt.side_by_side import side_by_side
+
+CLOSE = 1e-3
+LABELS = np.arange(5)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return load("digits-mar", backend="onnxruntime", threads=1)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """Two workers, however many cores there are."""
+    first, second = (Pipeline(load_bundle("digits-mar"), OnnxRuntimeBackend(threads=1)) for _ in range(2))
+    return Pipeline(first.bundle, first.backend, [second])
+
+
+@pytest.mark.parametrize("mode", ["target", "exact"])
+def test_images_and_counts_are_those_of_one_worker(alone, shared, mode):
+    seen = []
+    asked = {"seed": 2, "mode": mode, "ar_steps": 4, "guidance": 1.0, "batch_size": 3, "indices": LABELS + 7}
+    expected = alone.generate(LABELS, **asked)
+    found = shared.generate(LABELS, **asked, progress=lambda done, total: seen.append((done, total)))
+
+    assert np.abs(found.tokens - expected.tokens).max() <= CLOSE
+    np.testing.assert_array_equal(found.labels, LABELS)
+    for name in ("rounds", "accepted", "target_backbone_calls", "sequential_head_calls", "draft_lengths"):
+        assert getattr(found.stats, name) == getattr(expected.stats, name)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (5 * 49,) * 2
+
+
+def test_fewer_images_than_workers(alone, shared):
+    asked = {"seed": 2, "mode": "target", "ar_steps": 2, "guidance": 1.0}
+    np.testing.assert_array_equal(shared.generate([4], **asked).tokens, alone.generate([4], **asked).tokens)
+    many = shared.generate(LABELS, batch_size=1, **asked)
+    assert np.abs(many.tokens - alone.generate(LABELS, **asked).tokens).max() <= CLOSE
+
+
+def test_an_interrupt_ends_all_and_leaves_the_pipeline_of_use(shared):
+    def interrupt(done, _):
+        if done > 20:
+            raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        shared.generate(LABELS, progress=interrupt, mode="target")
+    assert threading.active_count() == before
+    assert shared.generate(LABELS[:2], mode="target", ar_steps=2).images.shape == (2, 28, 28, 1)
+
+
+def test_a_failure_ends_the_others_early():
+    told = []
+
+    def fails(tell):
+        tell(1)
+        raise ValueError("one of them")
+
+    def goes_on(tell):
+        for _ in range(1000):
+            time.sleep(0.01)
+            tell(1)
+            told.append(1)
+
+    with pytest.raises(ValueError, match="one of them"):
+        side_by_side([goes_on, fails], lambda _: None)
+    assert len(told) < 100
+
+
+@pytest.mark.parametrize(
+    ("workers", "said"), [(0, "workers is 0"), (10_000, "workers is 10000"), ("2", "workers is '2'")]
+)
+def test_workers_that_are_none(workers, said):
+    with pytest.raises(UsageError, match=said):
+        load("digits", workers=workers)
