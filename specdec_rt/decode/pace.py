@@ -41,7 +41,7 @@ REFRESH = 0.003
 """Share of the time that trying a length again may cost, for each that is not the best."""
 LEAST_LOSS = 0.05
 """Share of a round that trying again is taken to cost at least: a length as good as the best is not tried for ever."""
-KEPT = 3
+KEPT = 12
 """Rounds that a choice stands for beside its own: choosing takes time, too."""
 
 
