@@ -181,10 +181,10 @@ class Pipeline:
             if self.bundle.manifest.decoder is not None:
                 self._graph_engine(self.bundle.manifest.decoder.graph)
             counters = Counters()
-            parts = np.array_split(np.arange(len(labels)), count)
+            parts, lanes = (np.array_split(np.arange(whole), count) for whole in (len(labels), size))
             tasks = [
-                partial(_decode, session, seed, labels[part], keys[part], lanes)
-                for session, part, lanes in zip(sessions, parts, _shared(size, count), strict=True)
+                partial(_decode, session, seed, labels[part], keys[part], len(places))
+                for session, part, places in zip(sessions, parts, lanes, strict=True)
             ]
             started = time.perf_counter()
             made = [tasks[0](tell)] if count == 1 else side_by_side(tasks, tell)
@@ -420,11 +420,6 @@ def _decode(
     """Tokens `[N, L, D]` of some images, and what they took."""
     counters = Counters()
     return Decoder(session, NoiseSource(seed), labels, keys, counters, tell, lanes=lanes).run(), counters
-
-
-def _shared(size: int, count: int) -> list[int]:
-    """`size` in so many parts."""
-    return [size // count + (part < size % count) for part in range(count)]
 
 
 def make_options(**fields: object) -> DecodeOptions:

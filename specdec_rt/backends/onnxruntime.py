@@ -46,9 +46,10 @@ class OnnxRuntimeBackend:
     def load(self, path: Path) -> "OnnxRuntimeEngine":
         """Make an engine of the ONNX file at `path`. Raises BackendError where ONNX Runtime cannot."""
         path = self.file_of(path)
-        session = _load(path, self.threads or _allowed_cores())
+        threads = self.threads or _allowed_cores()
+        session = _load(path, threads)
         weights = int(session.get_modelmeta().custom_metadata_map.get(WEIGHTS_KEY, CACHED_WEIGHTS + 1))
-        if self.threads == 1 or weights > CACHED_WEIGHTS:
+        if threads == 1 or weights > CACHED_WEIGHTS:
             return OnnxRuntimeEngine(path, session)
         return OnnxRuntimeEngine(path, session, lone=_load(path, 1), lone_rows=LONE_PRODUCTS // max(weights, 1))
 
