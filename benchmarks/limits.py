@@ -136,7 +136,8 @@ def graph_work(pair: CausalPair | MarPair, slot: GraphSlot, sizes: Mapping[str, 
 def _multiplies(graph: GraphName | None, part: str) -> bool:
     """Whether a graph multiplies with the weights of a part of its module: a head's graphs share one module."""
     of_condition = "adaLN_modulation" in part or "cond_embed" in part
-    return "time_embed" not in part and graph is not (GraphName.DENOISE_STEP if of_condition else GraphName.MODULATION)
+    of_head = graph in (GraphName.MODULATION, GraphName.DENOISE_STEP, GraphName.LOG_DENSITY)
+    return "time_embed" not in part and (not of_head or of_condition == (graph is GraphName.MODULATION))
 
 
 def _state_bytes(binding: Binding, sizes: Mapping[str, int], *, written: bool) -> int:

@@ -358,7 +358,12 @@ def _head_sources(
         ),
         GraphName.LOG_DENSITY: (
             LogDensityGraph(head, learned_variance=learned),
-            [normal(EXAMPLE_ROWS, EXAMPLE_STEPS + 1, dim), z, guidance, time_table, coefficients],
+            [
+                normal(EXAMPLE_ROWS, EXAMPLE_STEPS + 1, dim),
+                normal(EXAMPLE_STEPS, EXAMPLE_ROWS, EXAMPLE_BRANCHES, head.modulation_width),
+                guidance,
+                coefficients,
+            ],
         ),
     }
 

@@ -49,10 +49,12 @@ class CausalBackboneGraph(nn.Module):
         hidden = (embedded + model.position_in[clipped]).flatten(0, 1)  # [B N, W]
         hides = torch.arange(slots) > place[..., None]  # [B, N, S]
         mask = torch.where(hides, -torch.inf, 0.0)[:, None]
+        images, heads = torch.arange(tokens.shape[0]), torch.arange(caches[0].shape[1])
+        where = images[:, None, None], heads, place[..., None]  # [B, N, H]
         updated: list[Tensor] = []
         for layer, block in enumerate(model.layers()):
             key, value = caches[2 * layer : 2 * layer + 2]
-            attended, key, value = self._attend(block.attn, block.norm1(hidden), place, mask, key, value)
+            attended, key, value = self._attend(block.attn, block.norm1(hidden), where, mask, key, value)
             updated += [key, value]
             hidden = hidden + attended
             hidden = hidden + block.mlp(block.norm2(hidden))
@@ -61,15 +63,21 @@ class CausalBackboneGraph(nn.Module):
 
     @staticmethod
     def _attend(
-        attention: Attention, hidden: Tensor, place: Tensor, mask: Tensor, key_cache: Tensor, value_cache: Tensor
+        attention: Attention,
+        hidden: Tensor,
+        where: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = (*place.shape, attention.heads, -1)
-        query, key, value = (part.reshape(rows).transpose(1, 2) for part in attention.qkv(hidden).chunk(3, dim=-1))
-        index = place[:, None, :, None].expand_as(key)
-        key_cache = key_cache.scatter(2, index, key)
-        value_cache = value_cache.scatter(2, index, value)
+        batch, heads, _, width = key_cache.shape
+        made = attention.qkv(hidden).reshape(batch, -1, 3 * heads, width)
+        query, key, value = made.split(heads, dim=2)  # [B, N, H, Dh]
+        # An index for each run of Dh values: ONNX Runtime takes 20 times as long where each value has one.
+        key_cache = key_cache.index_put(where, key)
+        value_cache = value_cache.index_put(where, value)
         # Written out: fused Attention nodes are not portable between backends.
-        scores = query @ key_cache.transpose(2, 3) * query.shape[-1] ** -0.5 + mask
+        scores = query.transpose(1, 2) @ key_cache.transpose(2, 3) * width**-0.5 + mask
         attended = (scores.softmax(dim=-1) @ value_cache).transpose(1, 2)  # [B, N, H, Dh]
         return attention.proj(attended.reshape(hidden.shape)), key_cache, value_cache
 
@@ -96,32 +104,11 @@ class TimeEmbeddingGraph(nn.Module):
         return self.head.time_embed(timestep)
 
 
-class _HeadGraph(nn.Module):
-    """A head; the chain decides whether what it says of variances counts."""
-
-    def __init__(self, head: DiffusionHead, *, learned_variance: bool) -> None:
-        super().__init__()
-        assert head.learned_variance or not learned_variance
-        self.head = head
-        self.learned_variance = learned_variance
-
-    def _split(self, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a head gives of every branch: its ε̂, and v where variances are learned."""
-        if not self.head.learned_variance:
-            return prediction, None
-        epsilon, share = prediction.chunk(2, dim=-1)
-        return epsilon, share if self.learned_variance else None
-
-
-def _learned_std(std: Tensor, log_std_range: Tensor, share: Tensor) -> Tensor:
-    """σ of each value, between its bounds; exactly 0 where the bounds are (the range of 0 is 0)."""
-    return std * torch.exp(log_std_range * (share + 1) / 2)
-
-
 class ModulationGraph(nn.Module):
     """`modulation`: what the conditions `z [G, R, Z]` make of the head at some steps of each row's chain.
 
-    Output i is row `row[i]`'s at the step that `time_table` has in place `step[i]`, in every branch.
+    Rows P of the output are of pair p = P // G, `row[p]` at the step that `time_table` has in place `step[p]`, in
+    branch P % G: as the product leaves them, for a reshape of a graph's output would copy it.
     """
 
     def __init__(self, head: DiffusionHead) -> None:
@@ -129,16 +116,42 @@ class ModulationGraph(nn.Module):
         self.head = head
 
     def forward(self, z: Tensor, row: Tensor, time_table: Tensor, step: Tensor) -> Tensor:
-        conditions = self.head.cond_embed(z)[:, row].transpose(0, 1)  # [P, G, W]
-        conditions = time_table[step][:, None] + conditions
-        return self.head.modulation(conditions.flatten(0, 1)).reshape(*conditions.shape[:2], -1)
+        conditions = self.head.cond_embed(z).index_select(1, row).transpose(0, 1)  # [P, G, W]
+        conditions = time_table.index_select(0, step)[:, None] + conditions
+        return self.head.modulation(conditions.flatten(0, 1))
+
+
+class _HeadGraph(nn.Module):
+    """A head, given its modulation; the chain decides whether what it says of variances counts."""
+
+    def __init__(self, head: DiffusionHead, *, learned_variance: bool) -> None:
+        super().__init__()
+        assert head.learned_variance or not learned_variance
+        self.head = head
+        self.learned_variance = learned_variance
+
+    def _predict(self, state: Tensor, modulation: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Guided ε̂ `[..., D]` of `state [..., D]`, and where variances are learned v: MAR takes the first branch's.
+
+        `modulation [..., G, M]`, `guidance [..., G]` (leading sizes may be left out).
+        """
+        states = state[..., None, :].expand(*modulation.shape[:-1], -1)
+        rows = self.head.modulated(states.reshape(-1, state.shape[-1]), modulation.reshape(-1, modulation.shape[-1]))
+        prediction = rows.reshape(*modulation.shape[:-1], -1)
+        epsilon = (guidance[..., None, :] @ prediction).squeeze(-2)
+        if not self.head.learned_variance:
+            return epsilon, None
+        epsilon = epsilon[..., : state.shape[-1]]
+        return epsilon, prediction[..., 0, state.shape[-1] :] if self.learned_variance else None
+
+
+def _learned_std(std: Tensor, log_std_range: Tensor, share: Tensor) -> Tensor:
+    """σ of each value, between its bounds; exactly 0 where the bounds are (the range of 0 is 0)."""
+    return std * torch.exp(log_std_range * (share + 1) / 2)
 
 
 class DenoiseStepGraph(_HeadGraph):
-    """`denoise_step`: one transition of each row's chain: the next state, and the mean (and learned std) it is from.
-
-    MAR guides ε̂ and takes v as the first branch gives it.
-    """
+    """`denoise_step`: one transition of each row's chain: the next state, and the mean (and learned std) it is from."""
 
     def forward(
         self,
@@ -149,35 +162,29 @@ class DenoiseStepGraph(_HeadGraph):
         step: Tensor,
         noise: Tensor,
     ) -> tuple[Tensor, ...]:
-        rows, branches, _ = modulation.shape
-        states = state[:, None].expand(-1, branches, -1).flatten(0, 1)  # [R G, D]
-        prediction, shares = self._split(self.head.modulated(states, modulation.flatten(0, 1)))
-        epsilon = (guidance.transpose(0, 1)[:, None] @ prediction.reshape(rows, branches, -1))[:, 0]
-        of_state, of_epsilon, std, log_std_range = coefficients[step].split(1, dim=1)
+        epsilon, share = self._predict(state, modulation, guidance.transpose(0, 1))
+        of_state, of_epsilon, std, log_std_range = coefficients.index_select(0, step).split(1, dim=1)
         mean = of_state * state + of_epsilon * epsilon
-        if shares is None:
+        if share is None:
             return mean + std * noise, mean
-        std = _learned_std(std, log_std_range, shares.reshape(rows, branches, -1)[:, 0])
+        std = _learned_std(std, log_std_range, share)
         return mean + std * noise, mean, std
 
 
 class LogDensityGraph(_HeadGraph):
-    """`log_density`: means (and learned stds) of all n transitions out of the states of whole paths, in one batch."""
+    """`log_density`: means (and learned stds) of all n transitions out of the states of whole paths, in one batch.
 
-    def forward(
-        self, path: Tensor, z: Tensor, guidance: Tensor, time_table: Tensor, coefficients: Tensor
-    ) -> tuple[Tensor, ...]:
-        state = path[:, :-1]  # [R, n, D]
-        condition = time_table + self.head.cond_embed(z)[:, :, None]  # [G, R, n, W]
-        states = state.expand(z.shape[0], -1, -1, -1).flatten(0, 2)
-        prediction, shares = self._split(self.head(states, condition.flatten(0, 2)))
-        epsilon = (guidance[..., None, None] * prediction.reshape(-1, *state.shape)).sum(0)
-        mean = coefficients[:, 0, None] * state + coefficients[:, 1, None] * epsilon
-        if shares is None:
+    Modulation is laid out step by step, as chains are drawn: a head that verifies what it drafted makes it once.
+    """
+
+    def forward(self, path: Tensor, modulation: Tensor, guidance: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+        state = path[:, :-1].transpose(0, 1)  # [n, R, D]
+        epsilon, share = self._predict(state, modulation, guidance.transpose(0, 1))
+        of_state, of_epsilon, std, log_std_range = coefficients[:, None].split(1, dim=2)
+        mean = (of_state * state + of_epsilon * epsilon).transpose(0, 1)
+        if share is None:
             return (mean,)
-        return mean, _learned_std(
-            coefficients[:, 2, None], coefficients[:, 3, None], shares.reshape(-1, *state.shape)[0]
-        )
+        return mean, _learned_std(std, log_std_range, share).transpose(0, 1)
 
 
 class DecoderGraph(nn.Module):

@@ -48,7 +48,7 @@ POINTWISE = frozenset({"Add", "Div", "Elu", "Erf", "Gelu", "LeakyRelu", "Mul", "
 """What is computed in half between two of `MATMULS`."""
 MOVES = frozenset(
     {"Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Resize"}
-    | {"ScatterElements", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"}
+    | {"ScatterElements", "ScatterND", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"}
 )
 """What moves values about without changing them, in half between two of `MATMULS`."""
 SUMS = frozenset({"Add", "Sub"})

@@ -200,12 +200,12 @@ class _Replay:
         if "std" in engine.outputs:
             outputs["std"] = np.empty_like(state)
         row = np.arange(len(state))
-        modulation = np.empty((len(state), 1, record.modulation_width), np.float32)
+        modulation = np.empty((len(state), record.modulation_width), np.float32)
         make = self.pipeline.engine(record, GraphName.MODULATION)
         make.bind({"z": z[None], "row": row, "time_table": table, "step": row}, {"modulation": modulation})()
         inputs = {
             "state": state,
-            "modulation": modulation,
+            "modulation": modulation[:, None],
             "guidance": np.ones((1, len(state)), np.float32),
             "coefficients": coefficients.astype(np.float32),
             "step": row,

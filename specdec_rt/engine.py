@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from specdec_rt.types import Array
+from specdec_rt.types import Array, FloatArray
 
 __all__ = ["Backend", "BoundCall", "Device", "Engine", "Limits", "run_once"]
 
@@ -79,8 +79,15 @@ class Device(Protocol):
         """`destination[index [R]] = source [R, W]`, float32; rows of one index hold the same values."""
         ...
 
-    def combine(self, destination: Array, terms: Sequence[tuple[float, Array]]) -> BoundCall:
-        """`destination = Σ factor · array` over at most four terms, added up in float64; all contiguous."""
+    def recur(
+        self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
+    ) -> BoundCall:
+        """A linear recurrence: H transitions that ask no engine, added up in float64.
+
+        From `path[0]` on, with `factors [H, 4]` called f: `mean[h] = f0 path[h] + f1 held[0] + f2 held[1]` and
+        `path[h + 1] = mean[h] + f3 noise[h]`. `path [H + 1, …]`, `mean` and `noise [H, …]`, contiguous or pitched,
+        `held` contiguous; no two overlap, but `held[0]` may lie before `path[0]`.
+        """
         ...
 
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:

@@ -145,7 +145,7 @@ class Dimensions:
 class Manifest(_Record):
     """`manifest.json`."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     name: str
     family: Family
     precision: Precision
@@ -206,7 +206,8 @@ def graph_bindings(name: GraphName, model: Model, dimensions: Dimensions) -> Bin
 
     In `denoise_step` and `log_density` the rows' prediction is the sum over the G guidance branches of
     `guidance[g] ε̂(z[g])`; `coefficients` is `Chain.coefficients`, `time_table` holds `time_embedding`
-    of each of the chain's n steps. `modulation` makes what P pairs of a row and a step need of z and time.
+    of each of the chain's n steps. `modulation` makes what P pairs of a row and a step need of z and time, in
+    each of G branches; `log_density` takes it step by step.
     `std` stands only where variances are learned: σ of each value, which the first branch alone decides
     (as in MAR).
     """
@@ -221,7 +222,7 @@ def graph_bindings(name: GraphName, model: Model, dimensions: Dimensions) -> Bin
             return (_ints("timestep", "n"),), (_floats("time_table", "n", width),)
         case GraphName.MODULATION:
             pairs = _ints("row", "P"), time_table, _ints("step", "P")
-            return (z, *pairs), (_floats("modulation", "P", "G", model.modulation_width or 0),)
+            return (z, *pairs), (_floats("modulation", "P_times_G", model.modulation_width or 0),)
         case GraphName.DENOISE_STEP:
             std = (_floats("std", "R", dim),) if dimensions.learned_variance else ()
             made = _floats("modulation", "R", "G", model.modulation_width or 0)
@@ -231,7 +232,8 @@ def graph_bindings(name: GraphName, model: Model, dimensions: Dimensions) -> Bin
         case GraphName.LOG_DENSITY:
             std = (_floats("std", "R", "n", dim),) if dimensions.learned_variance else ()
             path = _floats("path", "R", "n_plus_1", dim)
-            return (path, z, guidance, time_table, coefficients), (_floats("mean", "R", "n", dim), *std)
+            made = _floats("modulation", "n", "R", "G", model.modulation_width or 0)
+            return (path, made, guidance, coefficients), (_floats("mean", "R", "n", dim), *std)
 
 
 def _backbone_bindings(model: Model, dimensions: Dimensions) -> Bindings:

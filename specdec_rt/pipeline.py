@@ -308,7 +308,7 @@ class Pipeline:
             prefill=int(np.searchsorted(schedule.known, prefill * manifest.tokens)),
             draft_length=1 if self_draft else min(wanted, schedule.steps),
             paced=auto and mode == "exact",
-            evaluate=None if steps is None else evaluated_steps(chain.length, steps),
+            evaluate=None if steps is None else evaluated_steps(chain, steps),
             draft=None if self_draft or mode == "target" else draft,
             tau=options.tau,
             guidance=defaults.guidance if options.guidance is None else options.guidance,

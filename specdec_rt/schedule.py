@@ -245,16 +245,34 @@ def guidance_weights(progress: FloatArray, *, scale: float, schedule: Literal["l
     return np.stack([weight, 1 - weight])
 
 
-def evaluated_steps(length: int, count: int) -> BoolArray:
-    """`[length]` bool: at which `count` of a chain's transitions a strided draft calls its head.
+def evaluated_steps(chain: Chain, count: int) -> BoolArray:
+    """`[n]` bool: at which `count` of a chain's transitions a strided draft calls its head, the first among them.
 
-    Half of them (at least the last quarter of the chain) are dense at the end, where the held prediction
-    costs most acceptance; the others are spread evenly over the rest, the first always among them.
+    Between them it holds its prediction x̂₀ of the clean token, at a cost in nats of `weight ‖movement of x̂₀‖²`
+    per transition. Predictions are a martingale: what they move by adds up in the square, and dynamic programming
+    finds the choice that costs least. How far they move is the model's own; assumed is Δ log(α/σ) / √weight at each
+    step, which on the shipped pairs comes as close in acceptance as what they were seen to move by.
     """
-    count = min(count, length)
-    dense = min(count - 1, max(length // 4, count // 2))
-    chosen = np.zeros(length, np.bool_)
-    chosen[length - dense :] = True
-    spread = np.linspace(0, length - dense, count - dense, endpoint=False)
-    chosen[np.floor(spread).astype(np.int64)] = True
+    n, count = chain.length, min(count, chain.length)
+    std = np.where(chain.std > 0, chain.std, chain.final_density_std)
+    weight = (chain.epsilon_coefficient / chain.prediction_epsilon) ** 2 / (2 * std**2)
+    signal_to_noise = -1 / chain.prediction_epsilon  # α/σ
+    moved = np.cumsum(np.append(0, np.diff(np.log(signal_to_noise)) / np.sqrt(weight[1:])))
+    # held[l, e]: the cost of transitions l + 1 to e - 1 on the prediction of transition l.
+    held = np.full((n, n + 1), np.inf)
+    for last in range(n):
+        cost = weight[last + 1 :] * (moved[last + 1 :] - moved[last])
+        held[last, last + 1 :] = np.cumsum(np.append(0, cost))
+    least = np.append(0.0, np.full(n - 1, np.inf))  # of choices that end with each transition
+    before: list[IntArray] = []
+    for _ in range(count - 1):
+        total = least[:, None] + held[:, :n]
+        before.append(total.argmin(axis=0))
+        least = total.min(axis=0)
+    at = int((least + held[:, n]).argmin())
+    chosen = np.zeros(n, np.bool_)
+    chosen[at] = True
+    for choice in reversed(before):
+        at = int(choice[at])
+        chosen[at] = True
     return chosen

@@ -17,7 +17,7 @@ from benchmarks.gpu.torch_graphs import TorchGraph, torch_graphs
 from specdec_rt.bundle import Bundle
 from specdec_rt.engine import BoundCall, Engine, Limits
 from specdec_rt.manifest import Precision
-from specdec_rt.types import Array
+from specdec_rt.types import Array, FloatArray
 
 __all__ = ["TorchBackend", "TorchDevice"]
 
@@ -111,12 +111,18 @@ class TorchDevice:
         to, of, rows = self.twin(destination), self.twin(source), self.twin(index)
         return lambda: _ignore(to.index_copy_(0, rows, of))
 
-    def combine(self, destination: Array, terms: Sequence[tuple[float, Array]]) -> BoundCall:
+    def recur(
+        self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
+    ) -> BoundCall:
         """As in `engine.Device`."""
-        to, parts = self.twin(destination), [(factor, self.twin(array)) for factor, array in terms]
+        states, means, normals = (self.twin(array) for array in (path, mean, noise))
+        first, second = (self.twin(array) for array in held)
 
         def call() -> None:
-            to.copy_(torch.stack([factor * part.double() for factor, part in parts]).sum(0))
+            for each, (of_state, of_first, of_second, std) in enumerate(factors.tolist()):
+                made = of_state * states[each].double() + of_first * first.double() + of_second * second.double()
+                means[each] = made
+                states[each + 1] = made + std * normals[each].double()
 
         return call
 

@@ -112,14 +112,13 @@ class DiffusionHead(nn.Module):
 
         They hold most of a head's weights, and do not depend on the state: a chain's are made in one product.
         """
-        activated = F.silu(condition)
-        made = []
-        for layer in (*self.res_blocks, self.final_layer):
-            linear = layer.adaLN_modulation[1]
+        linears = [layer.adaLN_modulation[1] for layer in (*self.res_blocks, self.final_layer)]
+        biases = []
+        for linear in linears:
             factor = torch.zeros_like(linear.bias)
             factor[self.width : 2 * self.width] = 1
-            made.append(F.linear(activated, linear.weight, linear.bias + factor))
-        return torch.cat(made, dim=-1)
+            biases.append(linear.bias + factor)
+        return F.linear(F.silu(condition), torch.cat([linear.weight for linear in linears]), torch.cat(biases))
 
     def modulated(self, state: Tensor, modulation: Tensor) -> Tensor:
         """`forward`, given `modulation [..., M]`; the two broadcast."""

@@ -12,7 +12,7 @@ from specdec_rt.backends.kernels import KERNELS, compile_kernels
 from specdec_rt.backends.twins import Twins
 from specdec_rt.engine import BoundCall
 from specdec_rt.errors import BackendError
-from specdec_rt.types import Array
+from specdec_rt.types import Array, FloatArray
 
 __all__ = ["CudaDevice"]
 
@@ -161,8 +161,24 @@ class CudaDevice:
         width = np.int64(source.shape[1])
         return self._launch("scatter_rows", source.size, (destination, source, index), [width])
 
-    def combine(self, destination: Array, terms: Sequence[tuple[float, Array]]) -> BoundCall:
-        """As in `engine.Device`."""
+    def recur(
+        self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
+    ) -> BoundCall:
+        """As in `engine.Device`: two launches a step."""
+        calls = []
+        for each, (of_state, of_first, of_second, std) in enumerate(factors.tolist()):
+            terms = [(of_state, path[each]), (of_first, held[0]), (of_second, held[1])]
+            calls.append(self._combine(mean[each], terms))
+            calls.append(self._combine(path[each + 1], [(1.0, mean[each]), (std, noise[each])]))
+
+        def call() -> None:
+            for each in calls:
+                each()
+
+        return call
+
+    def _combine(self, destination: Array, terms: Sequence[tuple[float, Array]]) -> BoundCall:
+        """`destination = Σ factor · array` over at most four terms, added up in float64; all contiguous."""
         assert 1 <= len(terms) <= MOST_TERMS
         padded = [*terms, *[(0.0, terms[0][1])] * (MOST_TERMS - len(terms))]
         arrays = (destination, *(array for _, array in padded))

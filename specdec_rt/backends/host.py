@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from specdec_rt.engine import BoundCall
-from specdec_rt.types import Array
+from specdec_rt.types import Array, FloatArray
 
 __all__ = ["HostDevice"]
 
@@ -59,17 +59,30 @@ class HostDevice:
 
         return call
 
-    def combine(self, destination: Array, terms: Sequence[tuple[float, Array]]) -> BoundCall:
-        """As in `engine.Device`."""
-        (first_factor, first), *others = [(np.float64(factor), array) for factor, array in terms]
-        total, part = (np.empty(destination.shape) for _ in range(2))
+    def recur(
+        self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
+    ) -> BoundCall:
+        """As in `engine.Device`: unrolled into one product, of what all of it depends on."""
+        steps, size = len(mean), mean[0].size
+        known = np.eye(3 + steps)  # rows: path[0], the held ones, the noise of each step
+        at, means, states = known[0], [], []
+        for each, (of_state, of_first, of_second, std) in enumerate(factors):
+            means.append(of_state * at + of_first * known[1] + of_second * known[2])
+            at = means[-1] + std * known[3 + each]
+            states.append(at)
+        unrolled = np.array([*means, *states])
+        given, made = np.empty((3 + steps, size)), np.empty((2 * steps, size))
+        parts = [(given[0], path[0]), (given[1], held[0]), (given[2], held[1]), (given[3:], noise)]
+        staged = [(part.reshape(source.shape), source) for part, source in parts]
+        means_made, states_made = made[:steps].reshape(mean.shape), made[steps:].reshape(mean.shape)
+        after = path[1:]
 
         def call() -> None:
-            np.multiply(first, first_factor, out=total)
-            for factor, array in others:
-                np.multiply(array, factor, out=part)
-                np.add(total, part, out=total)
-            np.copyto(destination, total, casting="same_kind")
+            for part, source in staged:
+                part[...] = source
+            np.matmul(unrolled, given, out=made)
+            mean[...] = means_made
+            after[...] = states_made
 
         return call
 

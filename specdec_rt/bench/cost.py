@@ -61,7 +61,7 @@ class Costs(Protocol):
         ...
 
     def density(self, rows: int) -> float:
-        """All transitions of as many tokens at once, by the target."""
+        """All transitions of as many tokens at once, by the target, whose modulation there is."""
         ...
 
 
@@ -174,15 +174,19 @@ class _Run:
         sizes = np.diff(known[reached], axis=1)  # [A, length]
         lanes, rows = work.lanes(len(at)), int(sizes.sum())
         owner = plan.draft or "target"
+        # A target that judges its own draft has made all modulation to draft it.
+        whole = work.chain if plan.draft is None and plan.mode == "exact" else None
         for offset in range(length):
             self._backbone(owner, lanes, int(known[reached[:, offset]].max()), 1)
-            self._chain(work.draft_head, work.draft_calls, int(sizes[:, offset].sum()))
+            self._chain(work.draft_head, work.draft_calls, int(sizes[:, offset].sum()), made=whole)
         if plan.draft is not None:  # else the target's backbone was called to draft
             contexts = int((sizes > 0).sum()) if plan.random_order else lanes
             self._backbone("target", contexts, int(known[reached[:, length - 1]].max()), length)
         if plan.mode == "paper":
             self._chain("target", work.chain, rows)
         else:
+            if whole is None:
+                self.parts["target.modulation"] += self._costs.modulation("target", rows, work.chain)
             self.parts["target.log_density"] += self._costs.density(rows)
         self.launches += 1
         self.tokens += rows
@@ -203,8 +207,9 @@ class _Run:
         size = known if self._plan.random_order else length
         self.parts[part] += self._costs.backbone(owner, contexts, size)
 
-    def _chain(self, owner: str, calls: int, rows: int) -> None:
-        self.parts[f"{owner}.modulation"] += self._costs.modulation(owner, rows, calls)
+    def _chain(self, owner: str, calls: int, rows: int, *, made: int | None = None) -> None:
+        """`made`: of how many transitions modulation is made, where that is not those that are called."""
+        self.parts[f"{owner}.modulation"] += self._costs.modulation(owner, rows, calls if made is None else made)
         self.parts[f"{owner}.denoise_step"] += calls * self._costs.step(owner, rows)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from specdec_rt.bench.cost import Interpolated
 from specdec_rt.bench.timing import Times
 from specdec_rt.build.builder import GraphSlot, graph_slots
-from specdec_rt.decode.chain import STATES_PER_CALL, modulation_places
+from specdec_rt.decode.chain import modulation_places, paths_per_call
 from specdec_rt.engine import BoundCall
 from specdec_rt.manifest import Binding, GraphName
 from specdec_rt.pipeline import Pipeline
@@ -42,12 +42,9 @@ class GraphTimes:
 
     def modulation(self, owner: str, rows: int, steps: int) -> float:
         """As in `cost.Costs`: in parts of as many steps as fit, the last of them smaller."""
-        model = self._slots[f"{owner}.modulation"].model
-        assert model is not None
-        assert model.modulation_width is not None
         if not rows * steps:
             return 0.0
-        places = modulation_places(rows, model.modulation_width, steps)
+        places = modulation_places(rows, self._modulation_width(owner), steps)
         whole, rest = divmod(steps, places)
         of = self._function(f"{owner}.modulation")
         return whole * of(rows, places) + (of(rows, rest) if rest else 0.0)
@@ -58,10 +55,16 @@ class GraphTimes:
 
     def density(self, rows: int) -> float:
         """As in `cost.Costs`."""
-        most = max(STATES_PER_CALL // (self._branches * self._chain), 1)
+        most = paths_per_call(self._branches, self._modulation_width("target"), self._chain)
         whole, rest = divmod(rows, most)
         of = self._function("target.log_density")
         return whole * (of(most, 1) if whole else 0.0) + (of(rest, 1) if rest else 0.0)
+
+    def _modulation_width(self, owner: str) -> int:
+        model = self._slots[f"{owner}.modulation"].model
+        assert model is not None
+        assert model.modulation_width is not None
+        return model.modulation_width
 
     def record(self) -> dict[str, list[dict[str, float]]]:
         """What was measured: images or tokens `x`, positions or known tokens `y`."""
@@ -88,7 +91,7 @@ class GraphTimes:
 def graph_sizes(pipeline: Pipeline, *, branches: int, chain: int, x: int, y: int) -> dict[str, int]:
     """The letters of the graph's bindings; x counts images or tokens, y positions, known tokens or steps of each."""
     tokens = pipeline.bundle.manifest.tokens
-    sizes = {"G": branches, "R": x, "P": x * y, "n": chain, "n_plus_1": chain + 1}
+    sizes = {"G": branches, "R": x, "P": x * y, "P_times_G": x * y * branches, "n": chain, "n_plus_1": chain + 1}
     known = min(y, tokens)
     return {**sizes, "B": x * branches, "N": min(y, tokens), "S": tokens, "K": known, "Q": min(QUERIES, tokens)}
 

@@ -66,7 +66,7 @@ class Predictor:
         plan = self.pipeline.session(asked).plan
         if hypothetical:
             length = min(options.draft_length or manifest.defaults.draft_length, plan.schedule.steps)
-            steps, chain = options.draft_steps, compile_chain(manifest.chain).length
+            steps, chain = options.draft_steps, compile_chain(manifest.chain)
             evaluate = None if steps is None else evaluated_steps(chain, steps)
             plan = replace(plan, draft="draft", draft_length=length, evaluate=evaluate)
         model = manifest.drafts.get(plan.draft or "")

@@ -13,8 +13,8 @@ __all__ = ["Profile", "graph_profile"]
 
 STATES_PER_CALL = 2**14
 """`decode.chain`'s: paths are judged so many states, times guidance branches, at a time."""
-MODULATION_VALUES = 2**24
-"""`decode.chain`'s: so much of a chain's modulation is made at a time."""
+MODULATION_VALUES = 2**26
+"""`decode.chain`'s: so much of chains' modulation is made at a time."""
 PIXELS_PER_CALL = 2**19
 """`pixels`': a decoder is given tokens of so many pixels at a time."""
 BRANCHES = 2
@@ -101,8 +101,8 @@ class _Call:
             case GraphName.TIME_EMBEDDING:
                 return {"n": (1, n, n)}
             case GraphName.MODULATION:
-                # Some steps of all rows of a chain, or one where there are many rows.
-                most = max(MODULATION_VALUES // (BRANCHES * self._modulation), self._most_rows)
+                # Some steps of all rows of a chain, or one where there are many rows; all steps of some paths.
+                most = max(MODULATION_VALUES // (BRANCHES * self._modulation), self._most_rows, n)
                 usual = min(n * self._middle * self._set, most)
                 return {
                     "G": branches,
@@ -114,7 +114,9 @@ class _Call:
                 # Mostly a chain's rows are those of one AR step; `paper` mode aligns a whole round at once.
                 return {"G": branches, "R": (1, self._usual_rows, self._most_rows), "n": (n, n, n)}
             case GraphName.LOG_DENSITY:
-                most = min(self._most_rows, max(STATES_PER_CALL // n, 1))  # as many as are judged where G is 1
+                # As many as are judged where G is 1.
+                most = min(STATES_PER_CALL // n, MODULATION_VALUES // (BRANCHES * n * self._modulation))
+                most = min(self._most_rows, max(most, 1))
                 rows = (1, min(self._middle * self._block, most), most)
                 return {"G": branches, "R": rows, "n": (n, n, n), "n_plus_1": (n + 1, n + 1, n + 1)}
 

@@ -11,12 +11,21 @@ from specdec_rt.errors import BackendError
 from specdec_rt.schedule import Chain
 from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
 
-__all__ = ["ChainBuffers", "ChainRun", "DensityPart", "Head", "Trajectory", "modulation_places", "require_finite"]
+__all__ = [
+    "ChainBuffers",
+    "ChainRun",
+    "DensityPart",
+    "Head",
+    "Trajectory",
+    "modulation_places",
+    "paths_per_call",
+    "require_finite",
+]
 
 STATES_PER_CALL = 2**14
 """States (a path's, in every guidance branch) verified at a time: activations take some 70 bytes × width each."""
-MODULATION_VALUES = 2**24
-"""Modulation made at a time (64 MiB): a chain's at once, or that of as many of its steps as fit."""
+MODULATION_VALUES = 2**26
+"""Modulation made at a time (256 MiB): a chain's at once, or that of as many of its steps, or paths, as fit."""
 BRANCHES = 2
 """G at most."""
 
@@ -74,6 +83,8 @@ class ChainRun:
     parts: list[tuple[IntArray, Array]]
     """transitions `[k]` whose modulation is made at once, and `[k R]` the step that each row is at in them"""
     calls: list[BoundCall]
+    whole: bool
+    """whether the modulation of all transitions lies in the buffers when it is done"""
 
     @property
     def inputs(self) -> tuple[Array, ...]:
@@ -92,14 +103,14 @@ class ChainRun:
 
 @dataclass(frozen=True, eq=False)
 class DensityPart:
-    """Some rows of a batch whose means are evaluated in one call."""
+    """Some rows of a batch whose means are evaluated at once."""
 
     rows: slice
-    z: Array
-    """`[G, r, Z]`"""
+    z: Array | None
+    """`[G, r, Z]`; None where modulation is there already"""
     guidance: Array
     """`[G, r]`"""
-    call: BoundCall
+    calls: list[BoundCall]
 
 
 class Head:
@@ -141,33 +152,49 @@ class Head:
 
     # --- parts of a step, recorded with others ------------------------------------------------------
 
-    def run(self, buffers: ChainBuffers, evaluate: BoolArray | None = None, length: int | None = None) -> ChainRun:
+    def run(
+        self,
+        buffers: ChainBuffers,
+        evaluate: BoolArray | None = None,
+        length: int | None = None,
+        *,
+        whole: bool = False,
+    ) -> ChainRun:
         """A chain, or its first `length` transitions.
 
-        Where `evaluate [n]` is False the head is not called: its last prediction of the clean token is held.
+        Where `evaluate [n]` is False the head is not called: its last prediction of the clean token is held. With
+        `whole`, modulation is made of these transitions as well where there is room, for who evaluates them later.
         """
         n = self.chain.length if length is None else length
-        evaluated = np.flatnonzero(np.ones(n, np.bool_) if evaluate is None else evaluate[:n])
+        evaluated = np.ones(n, np.bool_) if evaluate is None else evaluate[:n]
         places = len(buffers.modulation)
+        whole = whole and n == self.chain.length <= places
+        made = np.arange(n) if whole else np.flatnonzero(evaluated)
         parts, calls = [], []
-        for first in range(0, len(evaluated), places):
-            part = evaluated[first : first + places]
-            steps, make = self._modulate(buffers, len(part))
+        for first in range(0, len(made), places):
+            part = made[first : first + places]
+            steps, make = self._modulate(buffers.z, buffers.modulation[: len(part)])
             parts.append((part, steps))
             calls.append(make)
-            ends = np.append(part[1:], evaluated[first + places] if first + places < len(evaluated) else n)
-            for place, (step, end) in enumerate(zip(part.tolist(), ends.tolist(), strict=True)):
+            called = np.flatnonzero(evaluated[part])
+            until = int(made[first + places]) if first + places < len(made) else n
+            ends = [*part[called[1:]].tolist(), until]
+            for place, end in zip(called.tolist(), ends, strict=True):
+                step = int(part[place])
                 calls.append(self._transition(buffers, step, place))
-                for held in range(step + 1, end):
-                    calls += self._hold(buffers, held, step)
-        return ChainRun(buffers, parts, calls)
+                if end > step + 1:
+                    calls.append(self._hold(buffers, step, end))
+        return ChainRun(buffers, parts, calls, whole)
 
-    def density(self, branches: int, path: Array, mean: Array) -> list[DensityPart]:
+    def density(self, branches: int, path: Array, mean: Array, drawn: ChainRun | None = None) -> list[DensityPart]:
         """What evaluates the means `[R, n, D]` of the transitions out of the states of `path [R, n + 1, D]`.
 
-        One call, or several where a batch is so large that its activations might not fit.
+        All rows at once, or several times some where a batch is so large that its activations might not fit.
+        Where `drawn` made these paths with this head, what modulation it leaves is used.
         """
-        size = max(STATES_PER_CALL // (branches * self.chain.length), 1)
+        size = paths_per_call(branches, self._modulation_width, self.chain.length)
+        if drawn is not None and drawn.whole and len(path) <= size:
+            return [self._part(branches, path, mean, slice(0, len(path)), drawn.buffers.modulation)]
         # So many rows at a time that each part begins aligned, whatever a row's size, or else whatever is usual.
         size -= size % next(unit for unit in (64, 16, 4, 1) if unit <= size)
         return [self._part(branches, path, mean, slice(i, min(i + size, len(path)))) for i in range(0, len(path), size)]
@@ -211,8 +238,9 @@ class Head:
         states[:] = path
         calls = [device.upload(states)]
         for part in parts:
+            assert part.z is not None
             part.z[:], part.guidance[:] = z[:, part.rows], guidance[:, part.rows]
-            calls += [device.upload(part.z, part.guidance), part.call]
+            calls += [device.upload(part.z, part.guidance), *part.calls]
         device.record([*calls, device.download(mean)])()
         device.wait()
         require_finite(mean, "log_density")
@@ -233,20 +261,21 @@ class Head:
 
     # --- buffers ------------------------------------------------------------------------------------
 
-    def _hold(self, buffers: ChainBuffers, step: int, last: int) -> list[BoundCall]:
-        """A transition on the clean token that step `last` predicted."""
-        device, chain = self.device, self.chain
+    def _hold(self, buffers: ChainBuffers, last: int, end: int) -> BoundCall:
+        """Transitions `last + 1` to `end` (exclusive) on the clean token that step `last` predicted."""
+        chain, held = self.chain, slice(last + 1, end)
         clean_of_epsilon = chain.prediction_epsilon[last] / chain.epsilon_coefficient[last]
         clean_of_state = chain.prediction_state[last] - clean_of_epsilon * chain.state_coefficient[last]
-        of_clean = chain.epsilon_coefficient[step] / chain.prediction_epsilon[step]
-        of_state = chain.state_coefficient[step] - of_clean * chain.prediction_state[step]
-        terms = [
-            (float(of_state), buffers.path[step]),
-            (float(of_clean * clean_of_state), buffers.path[last]),
-            (float(of_clean * clean_of_epsilon), buffers.mean[last]),
-        ]
-        drawn = [(1.0, buffers.mean[step]), (float(chain.std[step]), buffers.noise[step])]
-        return [device.combine(buffers.mean[step], terms), device.combine(buffers.path[step + 1], drawn)]
+        of_clean = chain.epsilon_coefficient[held] / chain.prediction_epsilon[held]
+        of_state = chain.state_coefficient[held] - of_clean * chain.prediction_state[held]
+        factors = np.stack([of_state, of_clean * clean_of_state, of_clean * clean_of_epsilon, chain.std[held]], axis=1)
+        return self.device.recur(
+            buffers.path[last + 1 : end + 1],
+            buffers.mean[held],
+            buffers.noise[held],
+            (buffers.path[last], buffers.mean[last]),
+            factors,
+        )
 
     def _make_buffers(self, branches: int, rows: int) -> ChainBuffers:
         device, n, dim = self.device, self.chain.length, self.token_dim
@@ -258,24 +287,24 @@ class Head:
         std = device.pitched((n, rows, dim), np.float32) if self.learned else None
         return ChainBuffers(z, guidance, step, path, noise, mean, std, self._room(branches, rows))
 
-    def _room(self, branches: int, rows: int) -> Array:
-        """`[c, R, G, M]`: room for the modulation of some steps of R chains."""
+    def _room(self, branches: int, rows: int, places: int | None = None) -> Array:
+        """`[c, R, G, M]`: room for the modulation of some steps (`places`, or as many as fit) of R chains."""
         width = self._modulation_width
         size = rows * branches * width
-        places = modulation_places(rows, width, self.chain.length)
+        if places is None:
+            places = modulation_places(rows, width, self.chain.length)
         if len(self._arena) < places * size:
             self._arena = self.device.zeros((places * size,), np.float32, staged=False)
         return self._arena[: places * size].reshape(places, rows, branches, width)
 
-    def _modulate(self, buffers: ChainBuffers, count: int) -> tuple[Array, BoundCall]:
-        """What makes the modulation of `count` steps of all rows, and its input `[count R]`: which steps they are."""
-        device, (_, rows, branches, width) = self.device, buffers.modulation.shape
+    def _modulate(self, z: Array, made: Array) -> tuple[Array, BoundCall]:
+        """What makes `made [c, R, G, M]` of `z [G, R, Z]`, and its input `[c R]`: which steps they are."""
+        device, (count, rows, _, width) = self.device, made.shape
         row, step = (device.zeros((count * rows,), np.int64) for _ in range(2))
         row[:] = np.tile(np.arange(rows), count)
         device.upload(row)()
-        inputs = {"z": buffers.z, "row": row, "time_table": self._tables["time_table"], "step": step}
-        made = buffers.modulation[:count].reshape(count * rows, branches, width)
-        return step, self._modulation.bind(inputs, {"modulation": made})
+        inputs = {"z": z, "row": row, "time_table": self._tables["time_table"], "step": step}
+        return step, self._modulation.bind(inputs, {"modulation": made.reshape(-1, width)})
 
     def _transition(self, buffers: ChainBuffers, step: int, place: int) -> BoundCall:
         """The call of one transition, whose modulation lies at `place`."""
@@ -300,13 +329,24 @@ class Head:
         mean = self.device.zeros((rows, n, dim), np.float32)
         return path, mean, self.density(branches, path, mean)
 
-    def _part(self, branches: int, path: Array, mean: Array, rows: slice) -> DensityPart:
-        device, count = self.device, rows.stop - rows.start
-        z = device.zeros((branches, count, self.z_dim), np.float32)
+    def _part(
+        self, branches: int, path: Array, mean: Array, rows: slice, modulation: Array | None = None
+    ) -> DensityPart:
+        device, count, n = self.device, rows.stop - rows.start, self.chain.length
         guidance = device.zeros((branches, count), np.float32)
-        inputs = {"path": path[rows], "z": z, "guidance": guidance, **self._tables}
         std = {"std": device.zeros(mean[rows].shape, np.float32, staged=False)} if self.learned else {}
-        return DensityPart(rows, z, guidance, self._log_density.bind(inputs, {"mean": mean[rows], **std}))
+        z, calls = None, []
+        if modulation is None:
+            z = device.zeros((branches, count, self.z_dim), np.float32)
+            modulation = self._room(branches, count, n)
+            step, make = self._modulate(z, modulation)
+            step[:] = np.repeat(np.arange(n), count)
+            device.upload(step)()
+            calls.append(make)
+        tables = {"coefficients": self._tables["coefficients"]}
+        inputs = {"path": path[rows], "modulation": modulation, "guidance": guidance, **tables}
+        calls.append(self._log_density.bind(inputs, {"mean": mean[rows], **std}))
+        return DensityPart(rows, z, guidance, calls)
 
 
 def modulation_places(rows: int, width: int, steps: int) -> int:
@@ -314,6 +354,11 @@ def modulation_places(rows: int, width: int, steps: int) -> int:
     if rows * width % 64:
         return 1  # places would begin between the bounds that engines want their buffers at
     return min(max(MODULATION_VALUES // (BRANCHES * rows * width), 1), steps)
+
+
+def paths_per_call(branches: int, width: int, steps: int) -> int:
+    """How many paths of so many steps are judged at once, in G branches, on modulation of `width` values."""
+    return max(min(STATES_PER_CALL // (branches * steps), MODULATION_VALUES // (BRANCHES * steps * width)), 1)
 
 
 def require_finite(values: Array, graph: str) -> None:

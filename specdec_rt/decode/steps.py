@@ -107,6 +107,7 @@ class _Verify:
     """The target's means at all states of a proposal, or its own chains on the same noise."""
 
     z_rows: list[Array]
+    """of parts whose modulation is still to be made"""
     rows: list[slice]
     """the padded rows that each of `z_rows` is for"""
     mean: Array
@@ -264,12 +265,19 @@ class Steps:
         )
 
     def _sampling(
-        self, model: Model, z: Array, staged: _Staged, rows: slice, evaluate: BoolArray | None
+        self,
+        model: Model,
+        z: Array,
+        staged: _Staged,
+        rows: slice,
+        evaluate: BoolArray | None,
+        *,
+        whole: bool = False,
     ) -> tuple[Array, ChainRun, list[BoundCall]]:
         """The chains of some staged rows on conditions gathered from `z [M, Z]`; which of them is staged, too."""
         device, head, branches = self.device, model.head, len(staged.guidance)
         chain = head.buffers(branches, rows.stop - rows.start)
-        run = head.run(chain, evaluate)
+        run = head.run(chain, evaluate, whole=whole)
         z_row = device.zeros((chain.guidance.size,), np.int64)
         normals = staged.normals[rows].swapaxes(0, 1)
         return (
@@ -317,7 +325,9 @@ class Steps:
         calls: list[BoundCall] = []
         z_rows, runs = [], []
         for ask, rows in zip(asks, _Rows(counts, slice(None), slice(None)).slices, strict=True):
-            z_row, run, sampling = self._sampling(model, ask.z, staged, rows, self._evaluate)
+            # Modulation of transitions that the target's own head leaves out is wanted when it judges its draft.
+            whole = self.draft is None and not self._aligned
+            z_row, run, sampling = self._sampling(model, ask.z, staged, rows, self._evaluate, whole=whole)
             chain = run.buffers
             calls += [*ask.run(device, staged.canvas), *sampling]
             kept = (path, mean) if std is None else (path, mean, std)
@@ -346,17 +356,17 @@ class Steps:
             moved = device.upload(z_row, *run.inputs), *calls, device.download(*run.buffers.drawn)
             return _Verify([z_row], [rows], np.zeros(0), run, device.record([*asking, *moved]))
         mean = device.zeros(draft.mean.shape, np.float32)
-        parts = target.head.density(branches, draft.path, mean)
-        z_rows = [device.zeros((part.guidance.size,), np.int64) for part in parts]
-        judging: list[BoundCall] = []
-        for z_row, part in zip(z_rows, parts, strict=True):
-            judging += [
-                device.gather(part.z.reshape(len(z_row), -1), ask.z, z_row),
-                device.copy(part.guidance, staged.guidance[:, part.rows]),
-                part.call,
-            ]
+        drawn = draft.runs[0] if self.draft is None else None
+        z_rows, z_parts, judging = [], [], []
+        for part in target.head.density(branches, draft.path, mean, drawn):
+            if part.z is not None:
+                z_row = device.zeros((part.guidance.size,), np.int64)
+                judging.append(device.gather(part.z.reshape(len(z_row), -1), ask.z, z_row))
+                z_rows.append(z_row)
+                z_parts.append(part.rows)
+            judging += [device.copy(part.guidance, staged.guidance[:, part.rows]), *part.calls]
         launch = device.record([*asking, device.upload(*z_rows), *judging, device.download(mean)])
-        return _Verify(z_rows, [part.rows for part in parts], mean, None, launch)
+        return _Verify(z_rows, z_parts, mean, None, launch)
 
     def _make_complete(self, ask: Ask, branches: int, count: int, length: int) -> _Complete:
         device, target = self.device, self.target

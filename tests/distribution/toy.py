@@ -68,8 +68,8 @@ class ModulationEngine:
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002
         def call() -> None:
-            outputs["modulation"][..., :1] = inputs["time_table"][inputs["step"]][:, None]
-            outputs["modulation"][..., 1:] = inputs["z"].swapaxes(0, 1)[inputs["row"]]
+            outputs["modulation"][:, :1] = inputs["time_table"][inputs["step"]]
+            outputs["modulation"][:, 1:] = inputs["z"][0][inputs["row"]]
 
         return call
 
@@ -101,7 +101,8 @@ class DensityEngine:
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002
         def call() -> None:
             state = inputs["path"][:, :-1]
-            epsilon = self.net(state, inputs["time_table"][:, 0]) + PULL * inputs["z"][0][:, None]
+            time, z = np.split(inputs["modulation"][:, :, 0].swapaxes(0, 1), [1], axis=-1)
+            epsilon = self.net(state, time[..., 0]) + PULL * z
             coefficients = inputs["coefficients"]
             outputs["mean"][:] = coefficients[:, :1] * state + coefficients[:, 1:2] * epsilon
 

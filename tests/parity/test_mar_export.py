@@ -115,7 +115,7 @@ def test_graphs_of_a_head_share_its_weights(stock):
         tensors = (tensor.external_data for tensor in model.graph.initializer)
         places[name] = {tuple(entry.value for entry in data) for data in tensors if data}
         assert len(places[name]) >= 4
-    assert places["modulation"] | places["denoise_step"] == places["log_density"]
+    assert places["log_density"] == places["denoise_step"]
     assert not places["modulation"] & places["denoise_step"]
     assert not places["backbone"] & places["log_density"]
 
@@ -152,7 +152,8 @@ def transition(folder, shared, step, **inputs):
     given = {name: shared[name] for name in ("z", "time_table")}
     (modulation,) = run(folder, "target.modulation", row=np.arange(len(step)), step=step, **given)
     given = {name: shared[name] for name in ("guidance", "coefficients")}
-    return run(folder, "target.denoise_step", modulation=modulation, step=step, **given, **inputs)
+    given["modulation"] = modulation.reshape(len(step), 2, -1)
+    return run(folder, "target.denoise_step", step=step, **given, **inputs)
 
 
 def test_transitions_are_the_references(stock, recorded):
@@ -166,8 +167,12 @@ def test_transitions_are_the_references(stock, recorded):
     assert relative_error(2 * np.log(std), recorded["p_log_variance"]) <= 1e-4
     np.testing.assert_allclose(next_state, mean + std * noise, rtol=1e-5, atol=1e-5)
     path = np.broadcast_to(state[:, None], (len(state), chain.length + 1, state.shape[1])).copy()
-    means, stds = run(stock, "target.log_density", path=path, **shared)
-    rows = np.arange(len(state))
+    rows, steps = np.arange(len(state)), np.arange(chain.length)
+    pairs = {"row": np.tile(rows, chain.length), "step": np.repeat(steps, len(rows))}
+    (modulation,) = run(stock, "target.modulation", **pairs, **{name: shared[name] for name in ("z", "time_table")})
+    given = {name: shared[name] for name in ("guidance", "coefficients")}
+    given["modulation"] = modulation.reshape(chain.length, len(rows), 2, -1)
+    means, stds = run(stock, "target.log_density", path=path, **given)
     assert relative_error(means[rows, step], mean) <= 1e-5
     assert relative_error(stds[rows, step], std) <= 1e-5
 

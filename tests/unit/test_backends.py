@@ -81,12 +81,12 @@ def test_a_small_graph_takes_few_rows_to_one_core(bundle):
             "time_table": rng.standard_normal((23, 128), np.float32),
             "step": np.arange(pairs) % 23,
         }
-        made[pairs] = np.empty((pairs, 2, 1024), np.float32)
+        made[pairs] = np.empty((2 * pairs, 1024), np.float32)
         rng = np.random.default_rng(0)
         made[pairs, "session"] = step.bind(inputs, {"modulation": made[pairs]})
         made[pairs, "session"]()
 
     assert made[2, "session"].session is not made[400, "session"].session
-    np.testing.assert_allclose(made[2], made[400][:2], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(made[2], made[400][:4], rtol=1e-5, atol=1e-6)
     large = OnnxRuntimeBackend(threads=2).load(bundle.path(bundle.manifest.target.graphs["backbone"]))
     assert (large._lone, step._lone) == (None, made[2, "session"].session)

@@ -157,7 +157,8 @@ def test_work_of_a_graph_is_counted_from_its_modules():
     assert work["denoise_step"]["operations"] - 2 * 2 * 3 * 16 == 2 * products * 2 * 3  # two branches of three rows
     of_condition = [p.numel() for n, p in parameters.items() if n not in of_step]
     assert work["modulation"]["weight_bytes"] == 4 * sum(of_condition)
-    assert work["log_density"]["weight_bytes"] == 4 * sum(p.numel() for p in parameters.values())
+    assert work["log_density"]["weight_bytes"] == work["denoise_step"]["weight_bytes"]
+    assert work["log_density"]["operations"] == 23 * work["denoise_step"]["operations"]
     one, four = (
         graph_work(pair, slots["target.backbone"], graph_sizes(pipeline, branches=2, chain=23, x=1, y=y))
         for y in (1, 4)

@@ -10,6 +10,7 @@ import pytest
 from fake_cuda import PLAIN_KERNELS, FakeCuda
 
 from specdec_rt.backends.cuda import CudaDevice
+from specdec_rt.backends.host import HostDevice
 from specdec_rt.backends.kernels import KERNELS, SOURCE, compile_kernels
 from specdec_rt.backends.twins import Twins
 from specdec_rt.errors import BackendError
@@ -124,23 +125,36 @@ def test_rows_are_gathered_and_scattered(device):
     assert not scattered[[1, 3, 4, 5]].any()
 
 
-@pytest.mark.parametrize("count", [1, 3, 4])
-def test_terms_are_added_up(device, count):
-    terms = [(0.5 * i - 1.25, filled(device, i + 3, 3)[i:]) for i in range(count)]
-    total = device.zeros((3, 3), np.float32)
-    device.combine(total, terms)()
-    expected = sum(factor * np.float64(array) for factor, array in terms).astype(np.float32)
-    np.testing.assert_array_equal(fetched(device, total), expected)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_recurrence_is_what_a_loop_makes(device, steps):
+    rng = np.random.default_rng(0)
+    factors = rng.normal(size=(steps, 4))
+    start, first, second = rng.normal(size=(3, 5, 3)).astype(np.float32)
+    drawn = rng.normal(size=(steps, 5, 3)).astype(np.float32)
+    means, states = [], [np.float64(start)]
+    for each, (a, b, c, std) in enumerate(factors):
+        means.append(a * states[-1] + b * first + c * second)
+        states.append(means[-1] + std * drawn[each])
+    for where in (device, HostDevice()):
+        path, mean = where.pitched((steps + 1, 5, 3), np.float32), where.pitched((steps, 5, 3), np.float32)
+        noise, held = where.pitched((steps, 5, 3), np.float32), [where.zeros((5, 3), np.float32) for _ in range(2)]
+        path[0], noise[...], held[0][...], held[1][...] = start, drawn, first, second
+        where.upload(path, noise, *held)()
+        where.recur(path, mean, noise, (held[0], held[1]), factors)()
+        where.download(path, mean)()
+        where.wait()
+        np.testing.assert_allclose(mean, means, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(path, states, rtol=1e-6, atol=1e-6)
 
 
 def test_a_step_is_captured_once_and_replayed(device):
     a, b = filled(device, 5), device.zeros((5,), np.float32)
-    step = device.record([device.upload(a), device.combine(b, [(2.0, a)]), device.download(b)])
+    step = device.record([device.upload(a), device.copy(b, a), device.download(b)])
     for turn in range(3):
         a[:] = turn + 1
         step()
         device.wait()
-        np.testing.assert_array_equal(b, np.full(5, 2.0 * (turn + 1)))
+        np.testing.assert_array_equal(b, np.full(5, turn + 1))
     assert device.stream.launches == 2
 
 

@@ -127,7 +127,7 @@ def test_a_batch_of_paths_is_judged_within_its_profile(name, buckets, draft_leng
     n = compile_chain(manifest.chain).length
     sizes = ranges(manifest, manifest.target, GraphName.LOG_DENSITY, recipe_of(buckets, draft_length))
     rows = ranges(manifest, manifest.target, GraphName.DENOISE_STEP, recipe_of(buckets, draft_length))["R"][2]
-    assert min(rows, max(chain.STATES_PER_CALL // (branches * n), 1)) <= sizes["R"][2]
+    assert min(rows, chain.paths_per_call(branches, manifest.target.modulation_width, n)) <= sizes["R"][2]
 
 
 def test_limits_are_the_runtimes():
@@ -178,7 +178,7 @@ def test_a_model_of_mar_b_s_size():
     recipe = recipe_of()
     assert backbone(manifest, recipe) == {"B": (1, 32, 128), "K": (1, 128, 256), "Q": (1, 7, 256)}
     assert ranges(manifest, target, GraphName.DENOISE_STEP, recipe)["R"] == (1, 28, 6208)
-    assert ranges(manifest, target, GraphName.LOG_DENSITY, recipe)["R"] == (1, 100, 16384 // 23)
+    assert ranges(manifest, target, GraphName.LOG_DENSITY, recipe)["R"] == (1, 100, 2**25 // (23 * 2816))
 
 
 @pytest.mark.parametrize("draft_length", [1, 4, 9])

@@ -1,6 +1,7 @@
 """The chain against values recorded from the public MAR reference, and what each field of its spec does."""
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from specdec_rt.schedule import (
     compile_chain,
     cosine_alpha_bar,
     cosine_schedule,
+    evaluated_steps,
     guidance_weights,
     raster_schedule,
 )
@@ -195,3 +197,33 @@ def test_constant_guidance_is_the_scale_and_none_has_one_branch():
     progress = raster_schedule(3).progress
     np.testing.assert_array_equal(guidance_weights(progress, scale=2.0, schedule="constant"), [[2.0] * 3, [-1.0] * 3])
     np.testing.assert_array_equal(guidance_weights(progress, scale=1.0, schedule="linear"), [[1.0] * 3])
+
+
+# --- strided drafts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_no_choice_of_steps_costs_less(count):
+    chain = compile_chain(replace(EXACT, steps=10, drop_last=1))
+    n = chain.length
+    alpha_bar = cosine_alpha_bar()[chain.timestep]
+    per_clean = chain.epsilon_coefficient * np.sqrt(alpha_bar / (1 - alpha_bar))  # of x̂₀ in a mean
+    weight = per_clean**2 / (2 * chain.std**2)
+    movement = np.append(0, np.diff(np.log(alpha_bar / (1 - alpha_bar))) / np.sqrt(weight[1:]))
+
+    def cost(chosen):
+        last = np.maximum.accumulate(np.where(chosen, np.arange(n), 0))
+        return sum(weight[k] * movement[last[k] + 1 : k + 1].sum() for k in range(n))
+
+    found = evaluated_steps(chain, count)
+    assert found[0]
+    assert found.sum() == count
+    others = ((0, *rest) for rest in combinations(range(1, n), count - 1))
+    assert cost(found) <= min(cost(np.isin(np.arange(n), other)) for other in others) * (1 + 1e-12)
+
+
+def test_a_chain_without_noise_at_its_end_can_be_strided():
+    chain = compile_chain(replace(EXACT, steps=100, final_std=0.0))
+    chosen = evaluated_steps(chain, 20)
+    assert (chosen.sum(), chosen[0], chosen[-1]) == (20, True, True)
+    assert evaluated_steps(chain, 1000).all()
