@@ -93,10 +93,9 @@ class _Tuple(nn.Module):
 class _FusedBlock(Block):
     """MAR's block with torch's fused attention, which the published models use as well."""
 
-    def _attend(self, hidden: Tensor, key_bias: Tensor | None) -> Tensor:
-        query, key, value = self.attn.split(hidden)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None) -> Tensor:
         bias = None if key_bias is None else key_bias[:, None, None].to(query.dtype).expand(-1, -1, query.shape[2], -1)
-        return self.attn.merge(scaled_dot_product_attention(query, key, value, attn_mask=bias))
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
 class _MarBackbone(nn.Module):

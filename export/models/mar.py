@@ -101,18 +101,22 @@ class Block(nn.Module):
         layers = {"fc1": nn.Linear(width, 4 * width), "act": nn.GELU(), "fc2": nn.Linear(4 * width, width)}
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, hidden: Tensor, key_bias: Tensor | None = None) -> Tensor:
-        """`hidden [B, N, W]`; `key_bias [B, N]` is added to the scores of each key."""
-        hidden = hidden + self._attend(self.norm1(hidden), key_bias)
+    def forward(self, hidden: Tensor, key_bias: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
+        """`hidden [B, N, W]`, with `asked [B, Q]` those alone; `key_bias [B, N]` is added to the scores of each key."""
+        query, key, value = self.attn.split(self.norm1(hidden))  # [B, H, N, Dh]
+        if asked is not None:
+            hidden = _take(hidden, asked)
+            query = _take(query.transpose(1, 2).flatten(2), asked)
+            query = query.unflatten(2, (self.attn.heads, -1)).transpose(1, 2)
+        hidden = hidden + self.attn.merge(self._attend(query, key, value, key_bias))
         return hidden + self.mlp(self.norm2(hidden))
 
-    def _attend(self, hidden: Tensor, key_bias: Tensor | None) -> Tensor:
-        query, key, value = self.attn.split(hidden)  # [B, H, N, Dh]
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None) -> Tensor:
         # Written out: fused Attention nodes are not portable between backends.
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
         if key_bias is not None:
             scores = scores + key_bias[:, None, None]
-        return self.attn.merge(scores.softmax(dim=-1) @ value)
+        return scores.softmax(dim=-1) @ value
 
 
 class MarBackbone(nn.Module):
@@ -195,12 +199,14 @@ class MarBackbone(nn.Module):
         place = torch.where(visible_mask, visible, tokens)[..., None].expand(-1, -1, width)
         rows = self.mask_token.expand(batch, tokens + 1, -1).scatter(1, place, hidden[:, buffer:])
         hidden = torch.cat([hidden[:, :buffer], rows[:, :tokens]], dim=1) + self.decoder_pos_embed_learned
-        for block in self.decoder_blocks:
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
             hidden = block(hidden)
-        hidden = hidden[:, buffer:]
         if query is None:
-            return self.decoder_norm(hidden) + self.diffusion_pos_embed_learned
-        return self.decoder_norm(_take(hidden, query)) + F.embedding(query, self.diffusion_pos_embed_learned[0])
+            return self.decoder_norm(last(hidden)[:, buffer:]) + self.diffusion_pos_embed_learned
+        # After the last block nobody reads the other positions.
+        hidden = last(hidden, asked=query + buffer)
+        return self.decoder_norm(hidden) + F.embedding(query, self.diffusion_pos_embed_learned[0])
 
 
 class Mar(MarBackbone):
