@@ -81,12 +81,16 @@ def _conditions(result: dict[str, Any]) -> str:
     ]
     if settings["first_ar_steps"] is not None:
         lines.append(f"**Times are of the first {settings['first_ar_steps']} AR steps, not of whole images.**")
-    if settings["forced"] is not None:
-        forced = settings["forced"]
-        lines.append(
-            f"**Weights are random: verdicts are forced, {forced['acceptance']:.0%} accepted and "
-            f"{forced['left']:.0%} of the chain left at a rejection, as measured elsewhere ({forced['source']}).**"
+    forced = {
+        variant["name"]: variant["forced"] for variant in settings["variants"] if variant.get("forced") is not None
+    }
+    if forced:
+        shares = "; ".join(
+            f"{name}: {of['acceptance']:.0%} accepted, {of['left']:.0%} of the chain left at a rejection"
+            for name, of in forced.items()
         )
+        source = settings["forced_source"]
+        lines.append(f"**Weights are random: verdicts are forced, as measured elsewhere ({source}).** {shares}.")
     return "\n\n".join(lines)
 
 

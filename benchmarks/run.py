@@ -124,7 +124,12 @@ def run_scenario(
 
 def _measured(results: Results) -> tuple[Measured, ...]:
     """The runtime's cases, with the acceptance that they showed (or were forced to)."""
-    forced, found = results.scenario.forced, []
+    found = []
+    forced = {
+        variant.name: variant.forced
+        for variant in results.scenario.variants
+        if isinstance(variant, RuntimeVariant) and variant.forced is not None
+    }
     left = {name: row["observed"]["left"] for (name, _), row in results.rows.items() if "observed" in row}
     others = {
         variant.name
@@ -135,8 +140,9 @@ def _measured(results: Results) -> tuple[Measured, ...]:
         if row["engine"] == "runtime" and name not in others:  # the model is of fixed draft lengths and one worker
             rates = [process["stats"].get("acceptance_rate") for process in row["processes"]]
             rate = sum(rates) / len(rates) if None not in rates else None
-            if forced is not None:
-                found.append(Measured(variant=name, batch=batch, acceptance=forced.acceptance, left=forced.left))
+            if name in forced:
+                rate, share = forced[name].acceptance, forced[name].left
+                found.append(Measured(variant=name, batch=batch, acceptance=rate, left=share))
             else:
                 found.append(Measured(variant=name, batch=batch, acceptance=rate, left=left.get(name)))
     return tuple(found)

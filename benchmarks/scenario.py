@@ -42,6 +42,14 @@ class TorchVariant(_Table):
         return True, "the target's"
 
 
+class Forced(_Table):
+    """Verdicts that are forced, not found: a model with random weights has no acceptance of its own."""
+
+    acceptance: float = Field(ge=0, le=1)
+    left: float = Field(ge=0, le=1)
+    """mean share of the chain after a rejection"""
+
+
 class RuntimeVariant(_Table):
     """The runtime, with some options."""
 
@@ -55,6 +63,7 @@ class RuntimeVariant(_Table):
     adds: str = ""
     observe: bool = False
     """whether acceptance is also recorded position by position"""
+    forced: Forced | None = None
 
     @field_validator("options")
     @classmethod
@@ -93,16 +102,6 @@ class RuntimeVariant(_Table):
 Variant = Annotated[TorchVariant | RuntimeVariant, Field(discriminator="engine")]
 
 
-class Forced(_Table):
-    """Verdicts that are forced, not found: a model with random weights has no acceptance of its own."""
-
-    acceptance: float = Field(ge=0, le=1)
-    left: float = Field(ge=0, le=1)
-    """mean share of the chain after a rejection"""
-    source: str
-    """where these figures were measured"""
-
-
 class Scenario(_Table):
     """Variants of one request to one bundle, over batch sizes."""
 
@@ -115,7 +114,8 @@ class Scenario(_Table):
     """None: the bundle's default"""
     first_ar_steps: _Count | None = None
     """time the first so many AR steps alone"""
-    forced: Forced | None = None
+    forced_source: str | None = None
+    """where the verdicts that variants are forced to were measured"""
     batches: tuple[_Count, ...]
     seed: int = Field(default=1, ge=0)
     warmup: _Count = 2
@@ -140,8 +140,11 @@ class Scenario(_Table):
             raise ValueError(f"two variants are called {twice[0]!r}")
         if self.first_ar_steps is not None and self.ar_steps is None:
             raise ValueError("first_ar_steps is given without ar_steps")
-        if self.forced is not None and self.bundle is not None:
+        forced = any(isinstance(variant, RuntimeVariant) and variant.forced is not None for variant in self.variants)
+        if forced and self.bundle is not None:
             raise ValueError("forced is for random weights: a bundle has an acceptance of its own")
+        if forced != (self.forced_source is not None):
+            raise ValueError("verdicts are forced by variants, and forced_source says where they were measured")
         return self
 
     def cases(self) -> list[tuple[Variant, int]]:

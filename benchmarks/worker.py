@@ -56,7 +56,7 @@ def perform(job: Job) -> dict[str, Any]:
     workers = 1 if job.variant is None else job.variant.workers
     pipeline = load(job.bundle, backend="onnxruntime", threads=job.threads, workers=workers)
     ready = time.perf_counter() - started
-    with forced_verdicts(job.scenario.forced):
+    with forced_verdicts(None if job.variant is None else job.variant.forced):
         if job.kind == "limits":
             return _limits(job, pipeline)
         if job.kind == "cost":

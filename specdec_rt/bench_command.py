@@ -227,7 +227,7 @@ def _measured_table(rows: list[dict[str, Any]]) -> Table:
             str(row["batch"]),
             f"{row['p50_seconds'] * 1e3:.1f}",
             f"{row['p95_seconds'] * 1e3:.1f}",
-            f"{row['images_per_second']:.2f}",
+            f"{row['images_per_second']:.3g}",
             "" if rate is None else f"{rate:.2f}",
             "" if found is None else f"{found['host_share']:.0%}",
             "yes" if row["exact"] else "no",
@@ -244,7 +244,7 @@ def _predicted_table(rows: list[dict[str, Any]]) -> Table:
             str(row["batch"]),
             "" if length is None else str(length),
             "" if rate is None else f"{rate:.2f}",
-            f"{row['images_per_second']:.2f}",
+            f"{row['images_per_second']:.3g}",
             f"{row['against_target']:.2f}×",
         )
     return table

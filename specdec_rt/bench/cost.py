@@ -31,6 +31,8 @@ __all__ = [
     "simulate",
 ]
 
+SLOW = 0.3
+"""Seconds of a call."""
 DRAFT = "draft"
 """What a prediction's parts call the draft's backbone, whichever model it is."""
 
@@ -224,9 +226,10 @@ def draw_left(uniform: FloatArray, length: int, share: float) -> IntArray:
 
 
 class Interpolated:
-    """A function of two sizes, evaluated when first needed on a coarse grid, linear between its points.
+    """The seconds of calls of two sizes, taken when first needed on a coarse grid, linear between its points.
 
-    The grid is 1, 2, 3, 4, 6, 8, 12, …; of y it is `grid`, ascending, where that is given.
+    The grid is 1, 2, 3, 4, 6, 8, 12, …; of y it is `grid`, ascending, where that is given. A call slower than `SLOW`
+    is all arithmetic: those larger in x are not made, but taken to last longer in proportion.
     """
 
     def __init__(self, evaluate: Callable[[int, int], float], *, grid: tuple[int, ...] | None = None) -> None:
@@ -242,7 +245,12 @@ class Interpolated:
 
     def _point(self, x: int, y: int) -> float:
         if (x, y) not in self.points:
-            self.points[x, y] = self._evaluate(x, y)
+            slow = [at for at in self.points.items() if at[0][1] == y and at[0][0] < x and at[1] > SLOW]
+            if slow:
+                (largest, _), seconds = max(slow)
+                self.points[x, y] = seconds * x / largest
+            else:
+                self.points[x, y] = self._evaluate(x, y)
         return self.points[x, y]
 
 

@@ -119,7 +119,7 @@ def test_a_request_may_end_after_its_first_ar_steps(digits_mar):
 def test_forced_verdicts_have_the_acceptance_that_is_forced(digits_mar):
     labels = labels_of(digits_mar, 1, 10)
     asked = {"seed": 1, "mode": "exact", "draft": "self", "ar_steps": 4}
-    with forced_verdicts(Forced(acceptance=0.25, left=0.5, source="a test")):
+    with forced_verdicts(Forced(acceptance=0.25, left=0.5)):
         forced = digits_mar.generate(labels, **asked)
 
     assert abs(forced.stats.acceptance_rate - 0.25) < 0.05

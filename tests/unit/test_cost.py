@@ -106,13 +106,28 @@ def test_interpolation_is_exact_for_straight_lines_and_evaluates_the_grid_alone(
 
     def line(x, y):
         asked.append((x, y))
-        return 3.0 * x + 2.0 * y
+        return 3e-4 * x + 2e-4 * y
 
     function = Interpolated(line)
 
-    assert [function(x, 5) for x in (1, 7, 23, 100)] == pytest.approx([13, 31, 79, 310])
+    assert [function(x, 5) for x in (1, 7, 23, 100)] == pytest.approx([13e-4, 31e-4, 79e-4, 310e-4])
     assert {x for x, _ in asked} <= {1, 6, 8, 16, 24, 96, 128}
-    assert Interpolated(line, grid=(1, 25, 49))(2, 13) == pytest.approx(32)
+    assert Interpolated(line, grid=(1, 25, 49))(2, 13) == pytest.approx(32e-4)
+
+
+def test_slow_calls_are_not_repeated_at_every_size():
+    asked = []
+
+    def slow(x, y):
+        asked.append((x, y))
+        return 0.1 * x + 0.02
+
+    function = Interpolated(slow)
+
+    assert function(4, 1) == pytest.approx(0.42)
+    assert function(32, 1) == pytest.approx(8 * 0.42)
+    assert function(32, 2) == pytest.approx(3.22)
+    assert asked == [(4, 1), (32, 2)]
 
 
 def test_host_costs_are_fitted_and_never_negative():
