@@ -5,6 +5,7 @@ their order, nor on the draft length. numpy guarantees the raw stream of a bit g
 not its distributions (NEP 19): uniforms and normals are made here from the raw stream.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 from specdec_rt.errors import UsageError
 from specdec_rt.types import FloatArray, IntArray
 
-__all__ = ["Draws", "NoiseSource", "Purpose"]
+__all__ = ["Ahead", "Draws", "NoiseSource", "Purpose"]
 
 
 class Purpose(IntEnum):
@@ -92,6 +93,29 @@ class NoiseSource:
             generator.state = state
             row[:] = generator.random_raw(count)
         return raw
+
+
+class Ahead:
+    """What tokens draw, drawn for those to come as well: one draw for many takes little longer than one for one.
+
+    Draws are keyed, so that they are the same whenever they are made.
+    """
+
+    def __init__(self, draw: Callable[[IntArray, IntArray], FloatArray]) -> None:
+        self._draw = draw
+        """`(image [R], token [R])` to `[R, …]`"""
+        self._drawn: dict[tuple[int, int], FloatArray] = {}
+
+    def __call__(
+        self, image: IntArray, token: IntArray, coming: Callable[[], tuple[IntArray, IntArray]]
+    ) -> FloatArray:
+        """`[R, …]` of the tokens keyed by `image [R]` and `token [R]`; `coming` tells them, and those after them."""
+        keys = list(zip(image.tolist(), token.tolist(), strict=True))
+        if not all(key in self._drawn for key in keys):
+            images, tokens = coming()
+            drawn = self._draw(images, tokens)
+            self._drawn = dict(zip(zip(images.tolist(), tokens.tolist(), strict=True), drawn, strict=True))
+        return np.stack([self._drawn[key] for key in keys])
 
 
 def _open_uniform(raw: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> FloatArray:

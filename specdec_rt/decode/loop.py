@@ -23,7 +23,7 @@ from specdec_rt.decode.verify import (
     judge_paper,
 )
 from specdec_rt.families.span import Span
-from specdec_rt.noise import Draws, Purpose
+from specdec_rt.noise import Ahead, Draws, Purpose
 from specdec_rt.schedule import ArSchedule, guidance_weights
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
@@ -31,6 +31,8 @@ __all__ = ["Decoder", "Plan", "Session"]
 
 PAPER_TRIES = 64
 """Proposals for one residual of `paper` mode, drawn as one batch."""
+AHEAD, AHEAD_VALUES = 16, 2**17
+"""For how many tokens of each image noise is drawn at once, and how many values of it at most, if not just one's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,8 @@ class Decoder:
         self._chain = session.lead.head.chain
         self._token_dim = session.lead.head.token_dim
         self._noise = noise
+        n, dim = self._chain.length, self._token_dim
+        self._normals = Ahead(lambda image, token: noise.normal(image, token, Purpose.CHAIN, n + 1, dim))
         self._images = images
         self._labels = labels
         self._counters = counters
@@ -187,7 +191,7 @@ class Decoder:
         plan, counters, going, drafting = self._plan, self._counters, self._going, model is self._steps.draft
         images = int(going.sum())
         span = self._span(1)
-        noise = self._chain_noise(self._images[self._lane[span.owner]], span.place)
+        noise = self._chain_noise(span)
         token, mean = self._steps.single(model, self._fed, span, noise, plan.guidance_at(span.ar_step))
         if drafting:
             counters.draft_backbone_calls += images
@@ -242,7 +246,7 @@ class Decoder:
         left = plan.schedule.steps - self._step  # [A]
         span = self._span(min(length, int(left.max())))
         image = self._images[self._lane[span.owner]]
-        noise = self._chain_noise(image, span.place)
+        noise = self._chain_noise(span)
         guidance = plan.guidance_at(span.ar_step)
         drawn, verified = self._steps.round(self._fed, span, noise, guidance)
         proposal = Proposal(noise, drawn)
@@ -384,5 +388,17 @@ class Decoder:
         for model in self._steps.models:
             model.backbone.select(kept)
 
-    def _chain_noise(self, image: IntArray, place: IntArray) -> ChainNoise:
-        return ChainNoise.of(self._noise.normal(image, place, Purpose.CHAIN, self._chain.length + 1, self._token_dim))
+    def _chain_noise(self, span: Span) -> ChainNoise:
+        image = self._images[self._lane[span.owner]]
+        return ChainNoise.of(self._normals(image, span.place, lambda: self._coming(span)))
+
+    def _coming(self, span: Span) -> tuple[IntArray, IntArray]:
+        """Image and place of the next tokens of every lane, those of `span` among them."""
+        known, lanes = self._plan.schedule.known, np.flatnonzero(self._going)
+        first = known[self._step[lanes]]
+        wanted = np.bincount(span.owner, minlength=len(self._lane))[lanes]
+        each = self._token_dim * (self._chain.length + 1) * len(lanes)
+        count = max(min(AHEAD, AHEAD_VALUES // each), int(wanted.max()))
+        rank = np.minimum(first[:, None] + np.arange(count), self._plan.tokens - 1)
+        place = self.order[self._lane[lanes][:, None], rank]
+        return np.repeat(self._images[self._lane[lanes]], count), place.ravel()

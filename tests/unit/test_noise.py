@@ -8,7 +8,7 @@ from scipy import stats
 
 from specdec_rt import noise
 from specdec_rt.errors import UsageError
-from specdec_rt.noise import NoiseSource, Purpose
+from specdec_rt.noise import Ahead, NoiseSource, Purpose
 
 IMAGE, TOKEN = np.array([0, 0, 5, 1]), np.array([0, 1, 2, 0])
 
@@ -129,3 +129,21 @@ def test_uniforms_never_reach_the_ends():
 def test_a_bad_seed_is_refused(seed):
     with pytest.raises(UsageError, match=r"seed is .*expected an integer from 0 to 2\*\*64 - 1; pass"):
         NoiseSource(seed)
+
+
+def test_draws_ahead_are_the_same_and_fewer():
+    source, asked = NoiseSource(5), []
+
+    def draw(image, token):
+        asked.append(len(token))
+        return source.normal(image, token, Purpose.CHAIN, 3, 2)
+
+    ahead = Ahead(draw)
+    images = np.array([4, 9])
+    for first in range(8):
+        coming = np.repeat(images, 4), (first + np.arange(8) % 4)
+        drawn = ahead(images, np.full(2, first), lambda coming=coming: coming)
+        np.testing.assert_array_equal(drawn, source.normal(images, np.full(2, first), Purpose.CHAIN, 3, 2))
+    assert asked == [8, 8]
+    again = ahead(images[1:], np.array([0]), lambda: (images[1:], np.array([0])))  # what was passed by is drawn anew
+    np.testing.assert_array_equal(again, source.normal(images[1:], np.array([0]), Purpose.CHAIN, 3, 2))
