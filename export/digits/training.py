@@ -234,10 +234,9 @@ def fit(
     history: list[tuple[float, float]] = []
     if checkpoint.exists():
         stored = torch.load(checkpoint, weights_only=True)
-        if stored["options"] != asdict(options):
-            raise SystemExit(
-                f"{checkpoint} was trained with other options, {stored['options']}: delete it to train anew"
-            )
+        found = stored.get("options")
+        if found != asdict(options):
+            raise SystemExit(f"{checkpoint} was trained with other options, {found}: delete it to train anew")
         for name, parameter in parameters.items():
             parameter.data.copy_(stored["model"][name])
         average, step, history = stored["average"], stored["step"], stored["history"]
