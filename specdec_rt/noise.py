@@ -106,9 +106,7 @@ class Ahead:
         """`(image [R], token [R])` to `[R, …]`"""
         self._drawn: dict[tuple[int, int], FloatArray] = {}
 
-    def __call__(
-        self, image: IntArray, token: IntArray, coming: Callable[[], tuple[IntArray, IntArray]]
-    ) -> FloatArray:
+    def __call__(self, image: IntArray, token: IntArray, coming: Callable[[], tuple[IntArray, IntArray]]) -> FloatArray:
         """`[R, …]` of the tokens keyed by `image [R]` and `token [R]`; `coming` tells them, and those after them."""
         keys = list(zip(image.tolist(), token.tolist(), strict=True))
         if not all(key in self._drawn for key in keys):
