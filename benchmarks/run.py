@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from benchmarks.machine import machine_record
-from benchmarks.scenario import RuntimeVariant, Scenario, Variant
+from benchmarks.scenario import RuntimeVariant, Scenario, TorchVariant, Variant
 from benchmarks.worker import Job, Measured
 from specdec_rt.bench.timing import Times
 from specdec_rt.manifest import MANIFEST
@@ -20,7 +20,7 @@ from specdec_rt.output import write_together
 __all__ = ["Results", "run_scenario", "write_json"]
 
 WORK = Path(__file__).parents[1] / "work" / "bench"
-"""Random bundles; git ignores it."""
+"""Random bundles, and those with an int8 draft; git ignores it."""
 
 
 def write_json(path: Path, content: object) -> None:
@@ -88,12 +88,16 @@ def run_scenario(
     name: str, scenario: Scenario, *, out: Path, threads: int, argv: list[str], only: str | None = None
 ) -> Results:
     """Measure; progress goes to stderr. `only` keeps the variants whose name holds it."""
-    bundle = str(_bundle(scenario))
+    plain = _bundle(scenario)
+    drafted = plain if scenario.int8_draft is None else _with_int8_draft(plain, scenario.int8_draft)
     results = Results(out, name, scenario, threads, machine_record(argv))
     cases = [(variant, batch) for variant, batch in scenario.cases() if only is None or only in variant.name]
     told = _Told(len(cases) * scenario.repeats + 2)
 
     def job(kind: Any, **more: Any) -> Job:  # noqa: ANN401  # fields of a Job
+        # torch reads models from their weights files, and an int8 draft has none.
+        of_torch = kind == "limits" or isinstance(more.get("variant"), TorchVariant)
+        bundle = str(plain if of_torch else drafted)
         return Job(kind=kind, scenario=scenario, bundle=bundle, threads=threads, **more)
 
     failed: set[tuple[str, int]] = set()
@@ -176,6 +180,16 @@ def _bundle(scenario: Scenario) -> str | Path:
         # In a process of its own: this one would hold the weights for as long as it measures.
         command = [sys.executable, "-m", "benchmarks.random_bundle", scenario.random_mar, str(folder)]
         subprocess.run(command, check=True, cwd=Path(__file__).parents[1], stdout=sys.stderr)
+    return folder
+
+
+def _with_int8_draft(bundle: str | Path, draft: str) -> Path:
+    """The bundle with an int8 copy of one of its drafts; made where it is missing, or was made of something else."""
+    folder = WORK / f"{Path(bundle).name}-{draft}-int8"
+    # In a process of its own: making it takes torch.
+    command = [sys.executable, "-m", "benchmarks.int8_draft", str(bundle), draft, str(folder)]
+    if subprocess.run(command, cwd=Path(__file__).parents[1], stdout=sys.stderr).returncode:
+        raise SystemExit(f"{bundle} got no int8 copy of its draft {draft!r} (see above)")
     return folder
 
 

@@ -110,6 +110,8 @@ class Scenario(_Table):
     """an embedded one, or a folder"""
     random_mar: Literal["mar_base", "mar_large", "mar_huge"] | None = None
     """in place of a bundle: the published size with random weights, exported once into the work folder"""
+    int8_draft: str | None = None
+    """a draft of the bundle that gets a copy with int8 weights, `NAME-int8`: see `benchmarks.int8_draft`"""
     ar_steps: _Count | None = None
     """None: the bundle's default"""
     first_ar_steps: _Count | None = None
@@ -134,6 +136,8 @@ class Scenario(_Table):
     def _consistent(self) -> "Scenario":
         if (self.bundle is None) == (self.random_mar is None):
             raise ValueError("name either bundle or random_mar")
+        if self.int8_draft is not None and self.bundle is None:
+            raise ValueError("int8_draft is given without bundle: random weights have no draft to quantise")
         names = [variant.name for variant in self.variants]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

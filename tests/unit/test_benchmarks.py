@@ -1,10 +1,13 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 
-from benchmarks import requests
+from benchmarks import int8_draft as int8_draft_module
+from benchmarks import requests, run
 from benchmarks.__main__ import main
+from benchmarks.int8_draft import int8_draft
 from benchmarks.limits import bandwidth, graph_work
 from benchmarks.observe import observe
 from benchmarks.report import write_report
@@ -16,8 +19,10 @@ from export.causal import read_pair
 from specdec_rt import load
 from specdec_rt.bench.graph_times import graph_sizes
 from specdec_rt.build.builder import graph_slots
+from specdec_rt.bundle import load_bundle
 from specdec_rt.config import DecodeOptions
-from specdec_rt.errors import UsageError
+from specdec_rt.errors import OutputError, UsageError
+from specdec_rt.manifest import WEIGHTS_KEY, GraphName
 
 SCENARIO = """
 title = "a test"
@@ -79,6 +84,11 @@ def test_every_scenario_is_valid_and_has_a_baseline_and_the_target(name):
         ('{ mode = "target" }', '{ mod = "target" }', "mod"),
         ('name = "fewer"', 'name = "target"', "two variants"),
         ('bundle = "digits-mar"', "", "bundle or random_mar"),
+        (
+            'bundle = "digits-mar"',
+            'random_mar = "mar_base"\nint8_draft = "small"',
+            "int8_draft is given without bundle",
+        ),
         ("samples = 2", "samples = ", "TOML"),
     ],
 )
@@ -165,6 +175,95 @@ def test_work_of_a_graph_is_counted_from_its_modules():
     )
     assert one["weight_bytes"] == four["weight_bytes"]
     assert four["operations"] == 4 * one["operations"]
+
+
+@pytest.fixture(scope="module")
+def with_int8(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("int8") / "digits"
+    assert int8_draft("digits", "adapter", folder)
+    return folder
+
+
+def test_an_int8_draft_drafts_as_well_as_what_it_is_made_of(with_int8):
+    pipeline = load(with_int8, backend="onnxruntime", threads=1)
+
+    def made(draft):
+        return pipeline.generate([1, 2, 3, 4], seed=1, mode="exact", draft=draft, draft_length=4, draft_steps=12)
+
+    of_float, of_int8 = made("adapter"), made("adapter-int8")
+
+    assert of_int8.tokens.shape == (4, 49, 16)
+    assert np.isfinite(of_int8.tokens).all()
+    assert of_int8.stats.acceptance_rate > 0.8 * of_float.stats.acceptance_rate
+    assert not np.array_equal(of_int8.tokens, of_float.tokens)
+
+
+def test_weights_of_an_int8_draft_are_int8_and_the_rest_is_its_sources(with_int8):
+    pipeline = load(with_int8, backend="onnxruntime", threads=1)
+    manifest, plain = pipeline.bundle.manifest, load_bundle("digits").manifest
+    record, head = manifest.drafts["adapter-int8"], manifest.target
+    step = onnx.load(pipeline.bundle.path(record.graphs[GraphName.DENOISE_STEP]))
+    source = onnx.load(pipeline.bundle.path(head.graphs[GraphName.DENOISE_STEP]), load_external_data=False)
+    sizes = dict.fromkeys(onnx.TensorProto.DataType.values(), 0)
+    for tensor in step.graph.initializer:
+        sizes[tensor.data_type] += int(np.prod(tensor.dims))
+    others = set(record.graphs) - {GraphName.BACKBONE, GraphName.DENOISE_STEP}
+
+    assert sum(node.op_type == "MatMulInteger" for node in step.graph.node) == 6
+    assert sizes[onnx.TensorProto.INT8] >= 6 * 256 * 256
+    assert sizes[onnx.TensorProto.FLOAT] < 2 * 16 * 256 + 7000  # the ends, biases and norms
+    weights = [{entry.key: entry.value for entry in model.metadata_props} for model in (step, source)]
+    assert weights[0] == weights[1]
+    assert set(weights[0]) == {WEIGHTS_KEY}
+    assert all(record.graphs[name] == head.graphs[name] for name in others)
+    assert record.graphs[GraphName.BACKBONE] == manifest.drafts["adapter"].graphs[GraphName.BACKBONE]
+    pair = read_pair("digits")
+    parameters = sum(p.numel() for part in (pair.drafts["adapter"], pair.target.head) for p in part.parameters())
+    assert record.parameters == parameters
+    assert manifest.drafts == {**plain.drafts, "adapter-int8": record}
+
+
+def test_an_int8_draft_is_made_again_only_when_it_would_be_another(with_int8, monkeypatch):
+    assert not int8_draft("digits", "adapter", with_int8)
+    monkeypatch.setattr(int8_draft_module, "_write", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(int8_draft_module, "PER_CHANNEL", not int8_draft_module.PER_CHANNEL)
+    with pytest.raises(pytest.fail.Exception, match="written"):
+        int8_draft("digits", "adapter", with_int8)
+
+
+def test_what_cannot_become_an_int8_draft_is_named(with_int8, tmp_path, capsys):
+    (tmp_path / "other").write_text("a file")
+
+    with pytest.raises(UsageError, match=r"no draft 'large'; expected one of its drafts \(adapter, small\)"):
+        int8_draft("digits", "large", tmp_path / "new")
+    with pytest.raises(UsageError, match="has a draft 'adapter-int8' already"):
+        int8_draft(with_int8, "adapter", tmp_path / "new")
+    with pytest.raises(UsageError, match="is the bundle itself"):
+        int8_draft(with_int8, "small", with_int8)
+    with pytest.raises(OutputError, match="holds something that is no bundle"):
+        int8_draft("digits", "adapter", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert int8_draft_module.main(["digits", "large", str(tmp_path / "new")]) == 2
+    assert "no draft 'large'" in capsys.readouterr().err
+
+
+def test_torch_and_limits_get_the_bundle_without_the_int8_draft(tmp_path, monkeypatch, scenario):
+    asked = []
+
+    def perform_none(job, threads):  # noqa: ARG001  # as it is called
+        asked.append(job)
+        return {"seconds": [1.0], "stats": {}, "left": 0.5}
+
+    monkeypatch.setattr(run, "WORK", tmp_path)
+    monkeypatch.setattr(run, "_perform", perform_none)
+    scenario = scenario.model_copy(update={"bundle": "digits", "int8_draft": "adapter"})
+    run.run_scenario("test", scenario, out=tmp_path / "out.json", threads=1, argv=[])
+
+    drafted = str(tmp_path / "digits-adapter-int8")
+    assert "adapter-int8" in load_bundle(drafted).manifest.drafts
+    of_torch = [job.bundle for job in asked if job.kind == "limits" or (job.variant and job.variant.engine == "torch")]
+    assert of_torch == ["digits", "digits"]
+    assert {job.bundle for job in asked} == {"digits", drafted}
 
 
 def test_bandwidth_lies_between_what_was_measured():
