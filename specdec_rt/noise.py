@@ -113,7 +113,8 @@ class Ahead:
             images, tokens = coming()
             drawn = self._draw(images, tokens)
             self._drawn = dict(zip(zip(images.tolist(), tokens.tolist(), strict=True), drawn, strict=True))
-        return np.stack([self._drawn[key] for key in keys])
+        rows = [self._drawn[key] for key in keys]
+        return np.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
 def _open_uniform(raw: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> FloatArray:

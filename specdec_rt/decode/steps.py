@@ -33,7 +33,7 @@ class _Rows:
 
     @classmethod
     def of(cls, span: Span, device: Device) -> "_Rows":
-        widest = len(span.step) * int(np.diff(span.known).max())
+        widest = len(span.step) * _largest(span.known.tobytes())
         counts = span.counts
         padded = tuple(device.padded(count, widest) for count in counts)
         if padded == counts:
@@ -49,6 +49,12 @@ class _Rows:
         """The padded rows of each AR step."""
         ends = np.cumsum(self.counts).tolist()
         return [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
+
+
+@lru_cache(maxsize=16)
+def _largest(known: bytes) -> int:
+    """Tokens of a schedule's largest AR step; `known` as in `ArSchedule`, its bytes."""
+    return int(np.diff(np.frombuffer(known, np.int64)).max())
 
 
 @dataclass(frozen=True, eq=False)

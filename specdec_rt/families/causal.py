@@ -76,15 +76,15 @@ class CausalBackbone(Backbone):
         """As in `Backbone`; advances the caches over the span's steps."""
         images, length = len(span.step), span.length
         ask, position, label = self._ask(images, length, slot)
+        base, branch = _grid(images, self._tokens, self.branches)
         # Images that are done, or will be, stay at their last place: their rows mean nothing, but must lie inside.
         first = np.minimum(span.step, self._tokens - 1)  # AR steps are places here
         place = first[:, None] + np.arange(length)
         before = np.minimum(np.maximum(place, 1), self._tokens) - 1  # at place 0 any value does: the label stands there
-        rows = np.arange(images)[:, None] * self._tokens + before
+        rows = base + before
         ask.token_index.reshape(images, self.branches, length)[:] = rows[:, None]
         position.reshape(images, self.branches)[:] = first[:, None]
         label.reshape(images, self.branches)[:] = self._labels.T
-        branch = np.arange(self.branches)[:, None]
         return ask, (span.owner * self.branches + branch) * length + span.offset
 
     def catch_up(self, order: IntArray, known: IntArray, steps: int) -> Ask | None:
@@ -127,3 +127,11 @@ class CausalBackbone(Backbone):
             calls=(call, *copies),
         )
         return ask, position, label
+
+
+@lru_cache(maxsize=64)
+def _grid(images: int, tokens: int, branches: int) -> tuple[IntArray, IntArray]:
+    """Where each image begins on the canvas `[A, 1]`, and the branches `[G, 1]`; neither is ever written to."""
+    base, branch = np.arange(images)[:, None] * tokens, np.arange(branches)[:, None]
+    base.flags.writeable = branch.flags.writeable = False
+    return base, branch
