@@ -22,7 +22,8 @@ from specdec_rt.schedule import compile_chain
 
 BUNDLES = ["digits", "digits-mar"]
 HALVES = ["fp16", "bf16"]
-ISLANDS = {"LayerNormalization", "GroupNormalization", "Softmax", "Sin", "Cos", "ReduceSum", "ScatterElements", "Exp"}
+ISLANDS = {"LayerNormalization", "GroupNormalization", "Softmax", "Sin", "Cos", "ReduceSum", "Exp"}
+ISLANDS |= {"ScatterElements", "ScatterND"}
 
 
 def graphs(manifest):
