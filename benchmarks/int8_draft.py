@@ -22,7 +22,6 @@ the image of a seed depends on its batch.
 """
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -37,10 +36,10 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 from safetensors import safe_open
 
-from export.bundles import replace_bundle, require_replaceable
+from export.bundles import replace_bundle, require_replaceable, write_manifest
 from specdec_rt.bundle import Bundle, file_sha256, load_bundle
 from specdec_rt.errors import BundleError, OutputError, SpecDecError, UsageError
-from specdec_rt.manifest import HEAD_GRAPHS, MANIFEST, Family, GraphName, Manifest, Model
+from specdec_rt.manifest import HEAD_GRAPHS, MANIFEST, Family, GraphName, Model
 
 __all__ = ["int8_draft", "main", "quantise"]
 
@@ -164,13 +163,8 @@ def _write(bundle: Bundle, draft: str, note: Mapping[str, Any], folder: Path) ->
             "provenance": {**manifest.provenance, PROVENANCE: note},
         }
     )
-    _write_manifest(made, folder)
+    write_manifest(folder, made)
     load_bundle(folder)
-
-
-def _write_manifest(manifest: Manifest, folder: Path) -> None:
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _parameters(bundle: Bundle, record: Model) -> int:

@@ -60,6 +60,7 @@ __all__ = [
     "require_replaceable",
     "tell",
     "write_contents",
+    "write_manifest",
 ]
 
 EXAMPLE_IMAGES, EXAMPLE_INPUTS, EXAMPLE_ROWS, EXAMPLE_STEPS, EXAMPLE_PAIRS, EXAMPLE_BRANCHES = 3, 4, 5, 6, 8, 2
@@ -139,7 +140,7 @@ def write_contents(
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         manifest = _Writer(contents, folder, precision, compute).write()
-        _write_manifest(folder, manifest)
+        write_manifest(folder, manifest)
         folder.chmod(0o755)
         replace_bundle(folder, out)
     except (OSError, SafetensorError) as error:
@@ -175,7 +176,7 @@ def replace_bundle(folder: Path, out: Path) -> None:
 def annotate(folder: Path, notes: Mapping[str, Any]) -> None:
     """Add `notes` to the provenance of the bundle in `folder`."""
     manifest = load_bundle(folder).manifest
-    _write_manifest(folder, manifest.model_copy(update={"provenance": {**manifest.provenance, **notes}}))
+    write_manifest(folder, manifest.model_copy(update={"provenance": {**manifest.provenance, **notes}}))
 
 
 def example_draws() -> Callable[..., Tensor]:
@@ -194,7 +195,8 @@ def tell(line: str) -> None:
     Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of the bundle in `folder`, in the place of one that is there."""
     part = folder / f"{MANIFEST}.part"
     part.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
     part.replace(folder / MANIFEST)

@@ -89,6 +89,7 @@ def test_every_scenario_is_valid_and_has_a_baseline_and_the_target(name):
             'random_mar = "mar_base"\nint8_draft = "small"',
             "int8_draft is given without bundle",
         ),
+        ('bundle = "digits-mar"', 'bundle = "digits-mar"\nforced_source = "a guess"', "forced_source says"),
         ("samples = 2", "samples = ", "TOML"),
     ],
 )
