@@ -297,13 +297,21 @@ class RecordedNoise:
         np.put_along_axis(uniforms, order, (np.arange(tokens) + 0.5)[None] / tokens, axis=1)
         return cls(uniforms, chains)
 
-    def normal(self, image: IntArray, token: IntArray, purpose: Purpose, steps: int, dim: int) -> FloatArray:
+    def normal(
+        self,
+        image: IntArray,
+        token: IntArray,
+        purpose: Purpose,
+        steps: int,
+        dim: int,
+        attempt: int = 0,  # noqa: ARG002  # the protocol's
+    ) -> FloatArray:
         """As in `Draws`."""
         if purpose != Purpose.CHAIN or self.chains.shape[2:] != (steps, dim):
             raise RecordingError(f"the recorded chains are {list(self.chains.shape[2:])}, not {[steps, dim]}")
         return self.chains[image, token]
 
-    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int) -> FloatArray:  # noqa: ARG002
+    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int, attempt: int = 0) -> FloatArray:  # noqa: ARG002
         """As in `Draws`."""
         assert purpose == Purpose.ORDER
         return self.uniforms[image]

@@ -38,7 +38,7 @@ class DecodeOptions:
     image on another run.
     """
     draft_steps: int | None = None
-    """head evaluations per drafted token; None evaluates every step (two in five of them for "self")"""
+    """head evaluations per drafted token; None evaluates every step (for "self" 1.9 √n of n)"""
     tau: float = 1.0
     """τ, the temperature of `paper` mode's acceptance; 1 is the published criterion"""
     prefill: float | None = None

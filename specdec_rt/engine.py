@@ -90,6 +90,26 @@ class Device(Protocol):
         """
         ...
 
+    def recur_rows(
+        self,
+        path: Array,
+        mean: Array,
+        noise: Array,
+        state: Array,
+        made: tuple[Array, Array],
+        window: tuple[Array, Array],
+        factors: Array,
+    ) -> BoundCall:
+        """A linear recurrence in a window of each row's own, begun by what an engine made; added up in float64.
+
+        Row r goes from step a to step e, `(a, e)` its entries of `window`, int64 `[R]` each; where a ≥ e it stays.
+        Its entries of `made`, next state and mean `[R, D]`, become `path[r, a + 1]` and `mean[r, a]`. With `factors
+        [L, 5]` (float64) called f and held = f3[a] path[r, a] + f4[a] mean[r, a], the steps h after a are
+        `mean[r, h] = f0[h] path[r, h] + f1[h] held` and `path[r, h + 1] = mean[r, h] + f2[h] noise[r, h]`. The state
+        that it ends at goes to `state [R, D]`, too. `path [R, L + 1, D]`, `mean` and `noise [R, L, D]`; contiguous.
+        """
+        ...
+
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:
         """All calls as one, launched together (a CUDA graph where the device has them)."""
         ...

@@ -28,7 +28,7 @@ class Purpose(IntEnum):
     RESIDUAL = 2
     """the draw that replaces the first rejected state or token"""
     COMPLETION = 3
-    """the target's noise on the transitions after a residual draw"""
+    """the noise on the transitions after a residual draw"""
     ORDER = 4
     """the order in which an image's tokens are predicted"""
 
@@ -36,12 +36,17 @@ class Purpose(IntEnum):
 class Draws(Protocol):
     """Where decoding takes its random numbers from."""
 
-    def normal(self, image: IntArray, token: IntArray, purpose: Purpose, steps: int, dim: int) -> FloatArray:
-        """`[R, steps, dim]` standard normal draws for the tokens keyed by `image [R]` and `token [R]`."""
+    def normal(
+        self, image: IntArray, token: IntArray, purpose: Purpose, steps: int, dim: int, attempt: int = 0
+    ) -> FloatArray:
+        """`[R, steps, dim]` standard normal draws for the tokens keyed by `image [R]` and `token [R]`.
+
+        Where a purpose comes again for a token, each `attempt` has draws of its own.
+        """
         ...
 
-    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int) -> FloatArray:
-        """`[R, count]` uniform draws, strictly inside (0, 1)."""
+    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int, attempt: int = 0) -> FloatArray:
+        """`[R, count]` uniform draws, strictly inside (0, 1); `attempt` as above."""
         ...
 
 
@@ -60,13 +65,15 @@ class NoiseSource:
         if not (isinstance(self.seed, int | np.integer) and 0 <= self.seed < 2**64):
             raise UsageError(f"seed is {self.seed!r}; expected an integer from 0 to 2**64 - 1; pass another seed")
 
-    def normal(self, image: IntArray, token: IntArray, purpose: Purpose, steps: int, dim: int) -> FloatArray:
+    def normal(
+        self, image: IntArray, token: IntArray, purpose: Purpose, steps: int, dim: int, attempt: int = 0
+    ) -> FloatArray:
         """`[R, steps, dim]` float32 from N(0, 1), for the tokens keyed by `image [R]` and `token [R]`.
 
         Step s does not depend on `steps`: it reads its own block of the stream.
         """
         half = (dim + 1) // 2
-        uniform = _open_uniform(self._raw(image, token, purpose, 0, steps * 2 * half))
+        uniform = _open_uniform(self._raw(image, token, purpose, 2 * attempt, steps * 2 * half))
         # Box-Muller: the first half of a step's block gives radii, the second half angles.
         radius_angle = uniform.reshape(len(image), steps, 2, half)
         radius = np.sqrt(-2 * np.log(radius_angle[:, :, 0]))
@@ -74,14 +81,14 @@ class NoiseSource:
         normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=2, dtype=np.float32)
         return normal[:, :, :dim]
 
-    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int) -> FloatArray:
+    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int, attempt: int = 0) -> FloatArray:
         """`[R, count]` float64 strictly inside (0, 1), for the tokens keyed by `image [R]` and `token [R]`."""
-        return _open_uniform(self._raw(image, token, purpose, 1, count))
+        return _open_uniform(self._raw(image, token, purpose, 2 * attempt + 1, count))
 
     def _raw(
         self, image: IntArray, token: IntArray, purpose: Purpose, kind: int, count: int
     ) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
-        """`[R, count]` raw words. `kind` keeps a purpose's normals and uniforms apart."""
+        """`[R, count]` raw words. `kind` keeps a purpose's normals, uniforms and attempts apart."""
         if purpose not in self._streams:
             made = np.random.Philox(key=np.array([self.seed, purpose], dtype=np.uint64))
             self._streams[purpose] = made, made.state

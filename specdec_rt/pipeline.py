@@ -16,11 +16,12 @@ from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import read_recipe
 from specdec_rt.build.select import open_backend
 from specdec_rt.bundle import Bundle, load_bundle
-from specdec_rt.config import AUTO, SELF_DRAFT, DecodeOptions, Mode, check_whole_number
+from specdec_rt.config import DecodeOptions, Mode, check_whole_number
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import Model
-from specdec_rt.decode.loop import Decoder, Plan, Session
+from specdec_rt.decode.loop import Decoder, Session
 from specdec_rt.decode.pace import Pace
+from specdec_rt.decode.plan import make_plan
 from specdec_rt.decode.stats import Counters, Stats
 from specdec_rt.decode.steps import Steps
 from specdec_rt.engine import Backend, Engine, run_once
@@ -32,15 +33,7 @@ from specdec_rt.manifest import Graph, GraphName
 from specdec_rt.manifest import Model as ModelRecord
 from specdec_rt.noise import NoiseSource
 from specdec_rt.pixels import decode_pixels, lay_patches, to_bytes
-from specdec_rt.schedule import (
-    ArSchedule,
-    Chain,
-    ChainSpec,
-    compile_chain,
-    cosine_schedule,
-    evaluated_steps,
-    raster_schedule,
-)
+from specdec_rt.schedule import Chain, ChainSpec, compile_chain
 from specdec_rt.side_by_side import side_by_side
 from specdec_rt.types import Array, FloatArray, IntArray
 
@@ -49,11 +42,6 @@ __all__ = ["Pipeline", "Result", "load"]
 DEFAULT_BATCH_SIZE = 16
 KEPT_CHAINS = 8
 """Chains (a request's temperature makes a new one), and what is built on them, kept for the next request."""
-LONGEST = 8
-"""AR steps that a round drafts at most where they are chosen on the way, and engines set no limit."""
-PAPER_PREFILL = 0.05
-SELF_SHARE = 0.4
-"""Share of the chain's steps that the "self" draft evaluates where nothing else is asked for."""
 
 Progress = Callable[[int, int], None]
 """`(tokens committed, tokens in all)`."""
@@ -214,12 +202,12 @@ class Pipeline:
         Sessions share models and buffers: one batch at a time.
         """
         chain = self._chain(options)
-        plan = self._plan(options, chain)
-        evaluate = None if plan.evaluate is None else tuple(plan.evaluate.tolist())
+        plan = make_plan(options, self.bundle.manifest, chain, self.backend.limits, self.backend.name)
+        evaluate, grid = (None if steps is None else tuple(steps.tolist()) for steps in (plan.evaluate, plan.grid))
         branches = 1 if plan.guidance == 1 else 2
         with self._own_turn():
             slots = plan.slots if self.bundle.manifest.target.cache else 0  # else every γ would have steps of its own
-            steps = self._steps(plan.mode, plan.draft, chain.spec, branches, slots, evaluate)
+            steps = self._steps(plan.mode, plan.draft, chain.spec, branches, slots, evaluate, grid)
             pace = None
             if plan.paced:
                 # What changes the cost of rounds. The bundle has one chain, which a temperature makes no longer.
@@ -250,84 +238,6 @@ class Pipeline:
             finally:
                 self._busy = False
 
-    def _plan(self, options: DecodeOptions, chain: Chain) -> Plan:
-        """Resolve options against the bundle's defaults. Raises UsageError where they cannot be met."""
-        manifest = self.bundle.manifest
-        defaults = manifest.defaults
-        draft = options.draft or defaults.draft
-        mode = options.mode or defaults.mode
-        self_draft = draft == SELF_DRAFT
-        if not self_draft and draft not in manifest.drafts:
-            names = ", ".join([*manifest.drafts, SELF_DRAFT])
-            raise UsageError(f"draft is {draft!r}; bundle {manifest.name!r} has {names}")
-        if self_draft and mode in ("paper", "draft"):
-            others = ", ".join(manifest.drafts)
-            raise UsageError(
-                f"draft 'self' has no model of its own, so mode {mode!r} cannot use it; take "
-                + (f"one of the drafts {others}" if others else "mode 'target', or export again with a draft")
-                + ("" if chain.refusal() else ", or mode 'exact'")
-            )
-        given = None if options.draft_length == AUTO else options.draft_length
-        auto = options.draft_length == AUTO
-        if auto and mode == "paper":
-            raise UsageError(
-                "draft_length is 'auto', but in mode 'paper' the share of tokens that the target makes alone changes "
-                "their distribution: expected a whole number, or mode 'exact'"
-            )
-        most = self.backend.limits.draft_length
-        if given is not None and most is not None and given > most:
-            raise UsageError(
-                f"draft_length is {given}, but the engines of backend {self.backend.name!r} are built "
-                f"for {most} at most: take a recipe with a larger draft_length"
-            )
-        if self_draft and given not in (None, 1):
-            raise UsageError(f"draft_length is {given}; draft 'self' proposes 1 AR step per round")
-        schedule = self._schedule(defaults.ar_steps if options.ar_steps is None else options.ar_steps)
-        wanted = given or min(defaults.draft_length, most or defaults.draft_length)
-        if auto:
-            wanted = most or LONGEST
-        if mode == "exact":
-            chain.require_density_ratio()
-        steps = options.draft_steps
-        if steps is not None and steps > chain.length:
-            raise UsageError(f"draft_steps is {steps}; the chain has {chain.length} steps")
-        if steps is not None and chain.spec.variance == "learned":
-            raise UsageError(
-                f"draft_steps is {steps}, but the chain's variances are learned: a step left out has none; "
-                "leave out draft_steps, or export with a fixed-variance chain (--chain exact)"
-            )
-        if self_draft and steps is None:
-            steps = round(SELF_SHARE * chain.length)
-        prefill = options.prefill
-        if prefill is None:
-            prefill = PAPER_PREFILL if mode == "paper" else 0.0
-        return Plan(
-            mode=mode,
-            schedule=schedule,
-            random_order=manifest.family == "mar",
-            prefill=int(np.searchsorted(schedule.known, prefill * manifest.tokens)),
-            draft_length=1 if self_draft else min(wanted, schedule.steps),
-            paced=auto and mode == "exact",
-            evaluate=None if steps is None else evaluated_steps(chain, steps),
-            draft=None if self_draft or mode == "target" else draft,
-            tau=options.tau,
-            guidance=defaults.guidance if options.guidance is None else options.guidance,
-            guidance_schedule=options.guidance_schedule or defaults.guidance_schedule,
-            emit_mean=chain.spec.emit == "mean",
-        )
-
-    def _schedule(self, steps: int) -> ArSchedule:
-        manifest = self.bundle.manifest
-        if manifest.family == "causal":
-            if steps != manifest.tokens:
-                raise UsageError(
-                    f"ar_steps is {steps}; a causal family makes one token per step, so {manifest.tokens} here"
-                )
-            return raster_schedule(manifest.tokens)
-        if steps > manifest.tokens:
-            raise UsageError(f"ar_steps is {steps}; expected 1 to {manifest.tokens}, the tokens of an image")
-        return cosine_schedule(manifest.tokens, steps)
-
     def _chain(self, options: DecodeOptions) -> Chain:
         spec = self.bundle.manifest.chain
         return self._compiled(replace(spec, temperature=spec.temperature * options.temperature))
@@ -340,6 +250,7 @@ class Pipeline:
         branches: int,
         slots: int,
         evaluate: tuple[bool, ...] | None,
+        grid: tuple[bool, ...] | None,
     ) -> Steps:
         return Steps(
             self.backend.device,
@@ -347,6 +258,7 @@ class Pipeline:
             draft=None if draft is None else self._model(draft, spec, branches, slots),
             evaluate=None if evaluate is None else np.array(evaluate),
             aligned=mode == "paper",
+            grid=None if grid is None else np.array(grid),
         )
 
     def _model(self, name: str | None, spec: ChainSpec, branches: int, slots: int) -> Model:

@@ -13,7 +13,7 @@ from specdec_rt import DecodeOptions, Pipeline
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import ChainNoise, Proposal
 from specdec_rt.decode.loop import PAPER_TRIES
-from specdec_rt.decode.verify import complete_exact, complete_paper, judge_exact, judge_paper
+from specdec_rt.decode.verify import ResidualDraws, complete_exact, complete_paper, judge_exact, judge_paper
 from specdec_rt.families.span import Span
 from specdec_rt.types import FloatArray
 
@@ -40,9 +40,8 @@ def next_token_distances(pipeline: Pipeline, draft: str, taus: Sequence[float]) 
     at each τ.
     """
     session, contexts = _contexts(pipeline, draft)
-    assert session.target is not None
-    assert session.draft is not None
-    target, drafter = session.target.head, session.draft.head
+    assert session.steps.draft is not None
+    target, drafter = session.target.head, session.steps.draft.head
     rng = np.random.default_rng(1)
     wanted = [_alone(target, context.target_z, context, rng) for context in contexts]
     modes: dict[str, Callable[[Context], tuple[FloatArray, float | None]]] = {
@@ -109,9 +108,11 @@ def _exact(target: Head, drafter: Head, rng: np.random.Generator, context: Conte
         judgement,
         rows,
         target.finish(z, guidance),
-        coordinate=rng.random(len(rows)),
-        direction=rng.standard_normal((len(rows), dim)),
-        fresh=rng.standard_normal((len(rows), n, dim), dtype=np.float32),
+        ResidualDraws(
+            coordinate=rng.random(len(rows)),
+            direction=rng.standard_normal((len(rows), dim)),
+            fresh=rng.standard_normal((len(rows), n, dim), dtype=np.float32),
+        ),
     ).token
     return token, float(judgement.accepted.mean())
 

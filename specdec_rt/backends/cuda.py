@@ -177,6 +177,20 @@ class CudaDevice:
 
         return call
 
+    def recur_rows(
+        self,
+        path: Array,
+        mean: Array,
+        noise: Array,
+        state: Array,
+        made: tuple[Array, Array],
+        window: tuple[Array, Array],
+        factors: Array,
+    ) -> BoundCall:
+        """As in `engine.Device`: one launch, a thread for each value of a state."""
+        arrays = (path, mean, noise, state, *made, *window, factors)
+        return self._launch("recur_rows", state.size, arrays, [np.int64(size) for size in mean.shape[:0:-1]])
+
     def _combine(self, destination: Array, terms: Sequence[tuple[float, Array]]) -> BoundCall:
         """`destination = Σ factor · array` over at most four terms, added up in float64; all contiguous."""
         assert 1 <= len(terms) <= MOST_TERMS

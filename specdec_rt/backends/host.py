@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -64,13 +65,7 @@ class HostDevice:
     ) -> BoundCall:
         """As in `engine.Device`: unrolled into one product, of what all of it depends on."""
         steps, size = len(mean), mean[0].size
-        known = np.eye(3 + steps)  # rows: path[0], the held ones, the noise of each step
-        at, means, states = known[0], [], []
-        for each, (of_state, of_first, of_second, std) in enumerate(factors):
-            means.append(of_state * at + of_first * known[1] + of_second * known[2])
-            at = means[-1] + std * known[3 + each]
-            states.append(at)
-        unrolled = np.array([*means, *states])
+        unrolled = _unrolled(factors)
         given, made = np.empty((3 + steps, size)), np.empty((2 * steps, size))
         parts = [(given[0], path[0]), (given[1], held[0]), (given[2], held[1]), (given[3:], noise)]
         staged = [(part.reshape(source.shape), source) for part, source in parts]
@@ -83,6 +78,35 @@ class HostDevice:
             np.matmul(unrolled, given, out=made)
             mean[...] = means_made
             after[...] = states_made
+
+        return call
+
+    def recur_rows(
+        self,
+        path: Array,
+        mean: Array,
+        noise: Array,
+        state: Array,
+        made: tuple[Array, Array],
+        window: tuple[Array, Array],
+        factors: Array,
+    ) -> BoundCall:
+        """As in `engine.Device`: a product for each window that there is, which rows mostly share."""
+        (next_state, first_mean), (begins, ends) = made, window
+        unrolled = lru_cache(maxsize=256)(lambda at, end: _unrolled(factors[at + 1 : end, :3]))
+
+        def call() -> None:
+            for at, end in dict.fromkeys(zip(begins.tolist(), ends.tolist(), strict=True)):
+                if at >= end:
+                    continue
+                rows = np.flatnonzero((begins == at) & (ends == end))
+                held = factors[at, 3] * path[rows, at] + factors[at, 4] * first_mean[rows]
+                path[rows, at + 1], mean[rows, at] = next_state[rows], first_mean[rows]
+                if end > at + 1:
+                    given = [next_state[rows][None], held[None], noise[rows, at + 1 : end].swapaxes(0, 1)]
+                    after = np.tensordot(unrolled(at, end), np.concatenate(given), axes=1).swapaxes(0, 1)
+                    mean[rows, at + 1 : end], path[rows, at + 2 : end + 1] = np.split(after, 2, axis=1)
+                state[rows] = path[rows, end]
 
         return call
 
@@ -106,3 +130,19 @@ class HostDevice:
     def padded(self, count: int, limit: int) -> int:  # noqa: ARG002  # the protocol's
         """The size itself."""
         return count
+
+
+def _unrolled(factors: FloatArray) -> FloatArray:
+    """`[2 H, 1 + C + H]`: the H means of a recurrence, then its H states, as products with what all of it depends on.
+
+    That is the first state, C held arrays and the noise of each step; `factors [H, C + 2]` are those of the state, of
+    the held arrays and of the noise.
+    """
+    steps, held = len(factors), factors.shape[1] - 2
+    known = np.eye(1 + held + steps)
+    at, means, states = known[0], [], []
+    for each, of in enumerate(factors):
+        means.append(of[0] * at + of[1:-1] @ known[1 : 1 + held])
+        at = means[-1] + of[-1] * known[1 + held + each]
+        states.append(at)
+    return np.array([*means, *states])

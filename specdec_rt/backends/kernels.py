@@ -7,7 +7,7 @@ from specdec_rt.errors import BackendError
 
 __all__ = ["KERNELS", "SOURCE", "compile_kernels"]
 
-KERNELS = ("copy_view", "gather_rows", "scatter_rows", "combine")
+KERNELS = ("copy_view", "gather_rows", "scatter_rows", "combine", "recur_rows")
 
 SOURCE = r"""
 // Every kernel has one thread per value; `count` of them have work.
@@ -42,6 +42,31 @@ extern "C" __global__ void combine(float* to, const float* p, const float* q, co
                                    index_t count, double a, double b, double c, double d) {
     VALUE(i, count);
     to[i] = (float)(a * p[i] + b * q[i] + c * r[i] + d * s[i]);
+}
+
+// One value of a row through its window of steps; five factors a step.
+extern "C" __global__ void recur_rows(float* path, float* mean, const float* noise, float* state,
+                                      const float* next_state, const float* first_mean, const index_t* begins,
+                                      const index_t* ends, const double* factors, index_t count, index_t dim,
+                                      index_t length) {
+    VALUE(i, count);
+    const index_t row = i / dim, d = i % dim, at = begins[row], end = ends[row];
+    if (at >= end) return;
+    float* x = path + row * (length + 1) * dim + d;
+    float* m = mean + row * length * dim + d;
+    const float* z = noise + row * length * dim + d;
+    const double held = factors[5 * at + 3] * x[at * dim] + factors[5 * at + 4] * first_mean[i];
+    float value = next_state[i];
+    m[at * dim] = first_mean[i];
+    x[(at + 1) * dim] = value;
+    for (index_t h = at + 1; h < end; ++h) {
+        const double* f = factors + 5 * h;
+        const double around = f[0] * value + f[1] * held;
+        value = (float)(around + f[2] * z[h * dim]);
+        m[h * dim] = (float)around;
+        x[(h + 1) * dim] = value;
+    }
+    state[i] = value;
 }
 """
 

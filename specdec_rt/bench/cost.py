@@ -2,7 +2,8 @@
 
     tokens of a round (causal, one image)   Σ_{i<γ} aⁱ, for a share a of judged drafts that is accepted
     a round                                 γ · (draft backbone + chain) + target backbone + verification
-                                            (+ what is left of the target's chain, where a token was rejected)
+                                            (+ what is left of the target's chain, where a token was rejected:
+                                            step by step, or drafted and verified again)
 
 `simulate` plays rounds out, so that images that end at different rounds, sets of tokens and last rounds cost what
 they do. It answers whether speculation would pay before a draft is trained.
@@ -16,7 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
-from specdec_rt.decode.loop import Plan
+from specdec_rt.decode import redraft
+from specdec_rt.decode.plan import Plan
 from specdec_rt.types import FloatArray, IntArray
 
 __all__ = [
@@ -45,6 +47,13 @@ class Acceptance:
     """accepted / judged drafts"""
     left: float = 0.5
     """mean share of the chain that the target has to go on with where it rejects"""
+    resumed: float | None = None
+    """accepted / judged rests of chains that are drafted again; None: `rate` squared, for the hard ones come again"""
+
+    @property
+    def of_rests(self) -> float:
+        """The share of rests that is accepted."""
+        return self.rate**2 if self.resumed is None else self.resumed
 
 
 class Costs(Protocol):
@@ -200,9 +209,29 @@ class _Run:
         kept = np.where((failed > 0).any(axis=1), (failed > 0).argmax(axis=1), drafted)
         rejected = int(failed[np.flatnonzero(kept < drafted), kept[kept < drafted]].sum())
         if rejected and self._plan.mode == "exact":
-            calls = draw_left(self._rng.random(rejected), self._work.chain, self._acceptance.left)
-            self._chain("target", int(calls.max()), rejected)
+            self._complete(draw_left(self._rng.random(rejected), self._work.chain, self._acceptance.left))
         return np.asarray(at + np.minimum(kept + 1, drafted))
+
+    def _complete(self, left: IntArray) -> None:
+        """What rejected tokens with `left [K]` transitions to go take: drafted and judged again, or step by step."""
+        grid, chain = self._plan.grid, self._work.chain
+        short: list[int] = []
+        while len(left):
+            long = left >= (chain if grid is None else redraft.LEAST)
+            short += left[~long].tolist()
+            left = left[long]
+            if grid is None or not len(left):
+                break
+            rows, most = len(left), int(left.max())
+            # On the round's modulation.
+            self._chain("target", 1 + int(grid[-most:].sum()), rows, made=0)
+            self.parts["target.log_density"] += self._costs.density(rows) * most / chain
+            self.launches += 1
+            self.tokens += rows
+            left = left[self._rng.random(rows) >= self._acceptance.of_rests]
+            left = draw_left(self._rng.random(len(left)), left, 0.5)
+        if short:
+            self._chain("target", max(short), len(short))
 
     def _backbone(self, owner: str, contexts: int, known: int, length: int) -> None:
         part = "target.backbone" if owner == "target" else DRAFT
@@ -211,12 +240,14 @@ class _Run:
 
     def _chain(self, owner: str, calls: int, rows: int, *, made: int | None = None) -> None:
         """`made`: of how many transitions modulation is made, where that is not those that are called."""
-        self.parts[f"{owner}.modulation"] += self._costs.modulation(owner, rows, calls if made is None else made)
+        steps = calls if made is None else made
+        if steps:
+            self.parts[f"{owner}.modulation"] += self._costs.modulation(owner, rows, steps)
         self.parts[f"{owner}.denoise_step"] += calls * self._costs.step(owner, rows)
 
 
-def draw_left(uniform: FloatArray, length: int, share: float) -> IntArray:
-    """`[K]`: transitions left after the rejected one, of `length`: uniform with mean `length · share`.
+def draw_left(uniform: FloatArray, length: int | IntArray, share: float) -> IntArray:
+    """`[K]`: transitions left after the rejected one, of `length` (or `[K]`): uniform with mean `length · share`.
 
     `uniform [K]` in [0, 1) decides.
     """

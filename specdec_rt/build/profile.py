@@ -15,6 +15,8 @@ STATES_PER_CALL = 2**14
 """`decode.chain`'s: paths are judged so many states, times guidance branches, at a time."""
 MODULATION_VALUES = 2**26
 """`decode.chain`'s: so much of chains' modulation is made at a time."""
+REDRAFTED = 24
+"""`decode.redraft`'s: ends of chains are judged from so many steps on."""
 PIXELS_PER_CALL = 2**19
 """`pixels`': a decoder is given tokens of so many pixels at a time."""
 BRANCHES = 2
@@ -118,7 +120,8 @@ class _Call:
                 most = min(STATES_PER_CALL // n, MODULATION_VALUES // (BRANCHES * n * self._modulation))
                 most = min(self._most_rows, max(most, 1))
                 rows = (1, min(self._middle * self._block, most), most)
-                return {"G": branches, "R": rows, "n": (n, n, n), "n_plus_1": (n + 1, n + 1, n + 1)}
+                least = min(REDRAFTED, n)
+                return {"G": branches, "R": rows, "n": (least, n, n), "n_plus_1": (least + 1, n + 1, n + 1)}
 
     @property
     def _usual_rows(self) -> int:

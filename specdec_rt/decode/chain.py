@@ -1,6 +1,6 @@
 """A diffusion head on its engines: chains sampled step by step, or judged in one batched call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -110,6 +110,8 @@ class DensityPart:
     """`[G, r, Z]`; None where modulation is there already"""
     guidance: Array
     """`[G, r]`"""
+    modulation: Array
+    """`[n, r, G, M]`, there when it is done"""
     calls: list[BoundCall]
 
 
@@ -143,8 +145,8 @@ class Head:
             self._tables[name][:] = table
             device.upload(self._tables[name])()
         device.wait()
-        self._arena = np.zeros(0, np.float32)
-        """where modulation lies"""
+        self._arenas = [np.zeros(0, np.float32)] * 2
+        """where modulation lies: of what is drawn or judged, and of what is taken from there"""
         # A batch shrinks as its images finish: many shapes come by, the last used come again.
         self.buffers = lru_cache(maxsize=device.kept_shapes)(self._make_buffers)
         """`(branches, rows)` → the buffers of so many chains"""
@@ -173,7 +175,7 @@ class Head:
         parts, calls = [], []
         for first in range(0, len(made), places):
             part = made[first : first + places]
-            steps, make = self._modulate(buffers.z, buffers.modulation[: len(part)])
+            steps, make = self.modulate(buffers.z, buffers.modulation[: len(part)])
             parts.append((part, steps))
             calls.append(make)
             called = np.flatnonzero(evaluated[part])
@@ -192,12 +194,16 @@ class Head:
         All rows at once, or several times some where a batch is so large that its activations might not fit.
         Where `drawn` made these paths with this head, what modulation it leaves is used.
         """
-        size = paths_per_call(branches, self._modulation_width, self.chain.length)
+        size = self.paths_per_call(branches)
         if drawn is not None and drawn.whole and len(path) <= size:
             return [self._part(branches, path, mean, slice(0, len(path)), drawn.buffers.modulation)]
         # So many rows at a time that each part begins aligned, whatever a row's size, or else whatever is usual.
         size -= size % next(unit for unit in (64, 16, 4, 1) if unit <= size)
         return [self._part(branches, path, mean, slice(i, min(i + size, len(path)))) for i in range(0, len(path), size)]
+
+    def paths_per_call(self, branches: int) -> int:
+        """How many paths are judged at once, and no more of their ends: engines are built for so many."""
+        return paths_per_call(branches, self._modulation_width, self.chain.length)
 
     # --- whole steps --------------------------------------------------------------------------------
 
@@ -285,19 +291,22 @@ class Head:
         path = device.pitched((n + 1, rows, dim), np.float32)
         noise, mean = (device.pitched((n, rows, dim), np.float32) for _ in range(2))
         std = device.pitched((n, rows, dim), np.float32) if self.learned else None
-        return ChainBuffers(z, guidance, step, path, noise, mean, std, self._room(branches, rows))
+        return ChainBuffers(z, guidance, step, path, noise, mean, std, self.room(branches, rows))
 
-    def _room(self, branches: int, rows: int, places: int | None = None) -> Array:
-        """`[c, R, G, M]`: room for the modulation of some steps (`places`, or as many as fit) of R chains."""
+    def room(self, branches: int, rows: int, places: int | None = None, *, taken: bool = False) -> Array:
+        """`[c, R, G, M]`: room for the modulation of some steps (`places`, or as many as fit) of R chains.
+
+        All chains of a head share it, one after the other; what is `taken` from there has a room of its own.
+        """
         width = self._modulation_width
         size = rows * branches * width
         if places is None:
             places = modulation_places(rows, width, self.chain.length)
-        if len(self._arena) < places * size:
-            self._arena = self.device.zeros((places * size,), np.float32, staged=False)
-        return self._arena[: places * size].reshape(places, rows, branches, width)
+        if len(self._arenas[taken]) < places * size:
+            self._arenas[taken] = self.device.zeros((places * size,), np.float32, staged=False)
+        return self._arenas[taken][: places * size].reshape(places, rows, branches, width)
 
-    def _modulate(self, z: Array, made: Array) -> tuple[Array, BoundCall]:
+    def modulate(self, z: Array, made: Array) -> tuple[Array, BoundCall]:
         """What makes `made [c, R, G, M]` of `z [G, R, Z]`, and its input `[c R]`: which steps they are."""
         device, (count, rows, _, width) = self.device, made.shape
         row, step = (device.zeros((count * rows,), np.int64) for _ in range(2))
@@ -310,18 +319,25 @@ class Head:
         """The call of one transition, whose modulation lies at `place`."""
         if (step, place) not in buffers.bound:
             std = {} if buffers.std is None else {"std": buffers.std[step]}
-            buffers.bound[step, place] = self._denoise_step.bind(
+            buffers.bound[step, place] = self.transition(
                 {
                     "state": buffers.path[step],
                     "modulation": buffers.modulation[place],
                     "guidance": buffers.guidance,
-                    "coefficients": self._tables["coefficients"],
                     "step": buffers.step[step],
                     "noise": buffers.noise[step],
                 },
                 {"next_state": buffers.path[step + 1], "mean": buffers.mean[step], **std},
             )
         return buffers.bound[step, place]
+
+    def transition(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
+        """A call of `denoise_step`; `coefficients` are the chain's."""
+        return self._denoise_step.bind({**inputs, "coefficients": self._tables["coefficients"]}, outputs)
+
+    def judging(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
+        """A call of `log_density`; `coefficients` are the chain's where they are not given."""
+        return self._log_density.bind({"coefficients": self._tables["coefficients"], **inputs}, outputs)
 
     def _make_means(self, branches: int, rows: int) -> tuple[Array, Array, list[DensityPart]]:
         n, dim = self.chain.length, self.token_dim
@@ -338,15 +354,14 @@ class Head:
         z, calls = None, []
         if modulation is None:
             z = device.zeros((branches, count, self.z_dim), np.float32)
-            modulation = self._room(branches, count, n)
-            step, make = self._modulate(z, modulation)
+            modulation = self.room(branches, count, n)
+            step, make = self.modulate(z, modulation)
             step[:] = np.repeat(np.arange(n), count)
             device.upload(step)()
             calls.append(make)
-        tables = {"coefficients": self._tables["coefficients"]}
-        inputs = {"path": path[rows], "modulation": modulation, "guidance": guidance, **tables}
-        calls.append(self._log_density.bind(inputs, {"mean": mean[rows], **std}))
-        return DensityPart(rows, z, guidance, calls)
+        inputs = {"path": path[rows], "modulation": modulation, "guidance": guidance}
+        calls.append(self.judging(inputs, {"mean": mean[rows], **std}))
+        return DensityPart(rows, z, guidance, modulation, calls)
 
 
 def modulation_places(rows: int, width: int, steps: int) -> int:

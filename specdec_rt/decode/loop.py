@@ -3,20 +3,21 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
-from specdec_rt.config import GuidanceSchedule, Mode
 from specdec_rt.decode.chain import Trajectory
 from specdec_rt.decode.draft import ChainNoise, Model, Proposal
 from specdec_rt.decode.pace import Pace
+from specdec_rt.decode.plan import Plan
 from specdec_rt.decode.stats import Counters
 from specdec_rt.decode.steps import Steps
 from specdec_rt.decode.verify import (
+    Again,
     Completion,
     ExactJudgement,
     PaperJudgement,
+    ResidualDraws,
     complete_exact,
     complete_paper,
     judge_exact,
@@ -24,58 +25,14 @@ from specdec_rt.decode.verify import (
 )
 from specdec_rt.families.span import Span
 from specdec_rt.noise import Ahead, Draws, Purpose
-from specdec_rt.schedule import ArSchedule, guidance_weights
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
-__all__ = ["Decoder", "Plan", "Session"]
+__all__ = ["Decoder", "Session"]
 
 PAPER_TRIES = 64
 """Proposals for one residual of `paper` mode, drawn as one batch."""
 AHEAD, AHEAD_VALUES = 16, 2**17
 """For how many tokens of each image noise is drawn at once, and how many values of it at most, if not just one's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A request's options, resolved against its bundle."""
-
-    mode: Mode
-    schedule: ArSchedule
-    random_order: bool
-    """whether every image takes its places in an order of its own; else from first to last"""
-    prefill: int
-    """AR steps that the target makes alone"""
-    draft_length: int
-    """AR steps drafted per round, at most"""
-    evaluate: BoolArray | None
-    """`[n]` the steps at which the draft calls its head; None: all"""
-    draft: str | None
-    """the draft model's name; None in `target` mode, and where the target's own head drafts its chain"""
-    tau: float
-    guidance: float
-    guidance_schedule: GuidanceSchedule
-    emit_mean: bool
-    paced: bool = False
-    """whether a `Pace` chooses the draft length of each round"""
-
-    @property
-    def tokens(self) -> int:
-        """L."""
-        return int(self.schedule.known[-1])
-
-    @property
-    def slots(self) -> int:
-        """Cache places that a causal backbone needs: a last round may feed it past the end."""
-        return self.tokens + self.draft_length - 1
-
-    @cached_property
-    def _guidance(self) -> FloatArray:
-        """`[G, S]` weights of the guidance branches at each AR step."""
-        return guidance_weights(self.schedule.progress, scale=self.guidance, schedule=self.guidance_schedule)
-
-    def guidance_at(self, ar_step: IntArray) -> FloatArray:
-        """Weights `[G, R]` of the guidance branches for tokens made at `ar_step [R]`."""
-        return self._guidance[:, ar_step]
 
 
 @dataclass(frozen=True)
@@ -262,7 +219,7 @@ class Decoder:
         self._store(span, taken, proposal.token[taken], judgement.mean[taken])
         started = self._clock()
         if len(rows):
-            made = self._complete(guidance, proposal, judgement, rows, image[rows], span.place[rows])
+            made = self._complete(guidance, proposal, judgement, rows, image, span.place)
             self._store(span, rows, made.token, made.mean)
             longest = np.zeros(len(left), np.int64)
             np.maximum.at(longest, span.owner[rows], made.head_calls)
@@ -298,8 +255,7 @@ class Decoder:
         if isinstance(verified, Trajectory):
             uniform = self._noise.uniform(image, place, Purpose.ACCEPTANCE, 1)
             return judge_paper(self._chain, proposal, verified, uniform[:, 0], self._plan.tau)
-        uniform = self._noise.uniform(image, place, Purpose.ACCEPTANCE, self._chain.length + 1)
-        return judge_exact(self._chain, proposal, verified, uniform)
+        return judge_exact(self._chain, proposal, verified, self._acceptance_draws(image, place, 0))
 
     def _complete(
         self,
@@ -310,20 +266,39 @@ class Decoder:
         image: IntArray,
         place: IntArray,
     ) -> Completion:
-        n, dim = self._chain.length, self._token_dim
         if isinstance(judgement, PaperJudgement):
-            normal = self._noise.normal(image, place, Purpose.RESIDUAL, PAPER_TRIES, dim)
-            uniform = self._noise.uniform(image, place, Purpose.RESIDUAL, PAPER_TRIES)
-            return complete_paper(self._chain, judgement, rows, normal, uniform)
+            of_rows = image[rows], place[rows], Purpose.RESIDUAL, PAPER_TRIES
+            normal = self._noise.normal(*of_rows, self._token_dim)
+            return complete_paper(self._chain, judgement, rows, normal, self._noise.uniform(*of_rows))
+
+        def draws(some: IntArray, attempt: int) -> ResidualDraws:
+            return self._residual_draws(image[some], place[some], attempt)
+
+        again = Again(
+            redraft=lambda some, *rest: self._steps.redraft(some, guidance[:, some], *rest),
+            uniform=lambda some, attempt: self._acceptance_draws(image[some], place[some], attempt),
+            draws=draws,
+        )
         return complete_exact(
             self._chain,
             proposal,
             judgement,
             rows,
-            lambda some, *chains: self._steps.complete(some, guidance[:, some], *chains),
-            coordinate=self._noise.uniform(image, place, Purpose.RESIDUAL, 1)[:, 0],
-            direction=self._noise.normal(image, place, Purpose.RESIDUAL, 1, dim)[:, 0],
-            fresh=self._noise.normal(image, place, Purpose.COMPLETION, n, dim),
+            lambda some, *rest: self._steps.complete(some, guidance[:, some], *rest),
+            draws(rows, 0),
+            None if self._plan.grid is None else again,
+        )
+
+    def _acceptance_draws(self, image: IntArray, place: IntArray, attempt: int) -> FloatArray:
+        """`[R, n + 1]` uniform."""
+        return self._noise.uniform(image, place, Purpose.ACCEPTANCE, self._chain.length + 1, attempt)
+
+    def _residual_draws(self, image: IntArray, place: IntArray, attempt: int) -> ResidualDraws:
+        noise, n, dim = self._noise, self._chain.length, self._token_dim
+        return ResidualDraws(
+            coordinate=noise.uniform(image, place, Purpose.RESIDUAL, 1, attempt)[:, 0],
+            direction=noise.normal(image, place, Purpose.RESIDUAL, 1, dim, attempt)[:, 0],
+            fresh=noise.normal(image, place, Purpose.COMPLETION, n, dim, attempt),
         )
 
     # --- the batch's state -------------------------------------------------------------------------

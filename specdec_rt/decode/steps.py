@@ -11,7 +11,9 @@ from functools import lru_cache
 import numpy as np
 
 from specdec_rt.decode.chain import ChainRun, Head, Trajectory, require_finite
-from specdec_rt.decode.draft import ChainNoise, Model
+from specdec_rt.decode.draft import ChainNoise, Model, Proposal
+from specdec_rt.decode.redraft import Redrafts, Round
+from specdec_rt.decode.staging import Rows, Staged
 from specdec_rt.engine import BoundCall, Device
 from specdec_rt.families.backbone import Ask
 from specdec_rt.families.span import Span
@@ -20,73 +22,11 @@ from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
 __all__ = ["Steps"]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Where the R rows of a span stand among R' padded ones; padding repeats a row of its AR step."""
-
-    counts: tuple[int, ...]
-    """padded rows of each AR step"""
-    source: IntArray | slice
-    """`[R']` the span's row in each"""
-    where: IntArray | slice
-    """`[R]` the place of each of the span's rows"""
-
-    @classmethod
-    def of(cls, span: Span, device: Device) -> "_Rows":
-        widest = len(span.step) * _largest(span.known.tobytes())
-        counts = span.counts
-        padded = tuple(device.padded(count, widest) for count in counts)
-        if padded == counts:
-            return cls(padded, slice(None), slice(None))
-        padded = (max(padded),) * len(counts)  # one shape less to capture
-        first, begin = np.cumsum(counts) - counts, np.cumsum(padded) - padded
-        inside = [np.minimum(np.arange(wide), count - 1) for wide, count in zip(padded, counts, strict=True)]
-        source = np.concatenate([start + rows for start, rows in zip(first, inside, strict=True)])
-        return cls(padded, source, np.arange(sum(counts)) + np.repeat(begin - first, counts))
-
-    @property
-    def slices(self) -> list[slice]:
-        """The padded rows of each AR step."""
-        ends = np.cumsum(self.counts).tolist()
-        return [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
-
-
-@lru_cache(maxsize=16)
-def _largest(known: bytes) -> int:
-    """Tokens of a schedule's largest AR step; `known` as in `ArSchedule`, its bytes."""
-    return int(np.diff(np.frombuffer(known, np.int64)).max())
-
-
-@dataclass(frozen=True, eq=False)
-class _Staged:
-    """What the host fills for a step of R' rows of A images."""
-
-    canvas: Array
-    """`[A, L, D]` tokens committed, and in a round those drafted since"""
-    normals: Array
-    """`[R', n + 1, D]`"""
-    guidance: Array
-    """`[G, R']`"""
-    place: Array
-    """`[R']` row of the canvas that a drafted token goes to"""
-
-    def fill(self, span: Span, rows: _Rows, tokens: FloatArray, noise: ChainNoise, guidance: FloatArray) -> None:
-        """Stage what belongs to the span's rows; `tokens [A, L, D]`."""
-        self.canvas[:] = tokens
-        self.normals[:, 0], self.normals[:, 1:] = noise.start[rows.source], noise.steps[rows.source]
-        self.guidance[:] = guidance[:, rows.source]
-        self.place[:] = (span.owner * self.canvas.shape[1] + span.place)[rows.source]
-
-    @property
-    def arrays(self) -> tuple[Array, ...]:
-        return (self.canvas, self.normals, self.guidance, self.place)
-
-
 @dataclass(frozen=True, eq=False)
 class _Single:
     """One AR step by one model."""
 
-    staged: _Staged
+    staged: Staged
     z_row: Array
     run: ChainRun
     launch: BoundCall
@@ -96,7 +36,7 @@ class _Single:
 class _Draft:
     """A round's proposal."""
 
-    staged: _Staged
+    staged: Staged
     z_rows: list[Array]
     """`[G R_o]` of each AR step: rows of its backbone call's z"""
     runs: list[ChainRun]
@@ -118,6 +58,8 @@ class _Verify:
     """the padded rows that each of `z_rows` is for"""
     mean: Array
     """`[R', n, D]`; empty in `paper` mode"""
+    modulation: Array | None
+    """`[n, R', G, M]`, of all rows; None where they are judged part by part"""
     run: ChainRun | None
     launch: BoundCall
 
@@ -130,7 +72,10 @@ class _Complete:
 
 
 class Steps:
-    """The steps of one pair of models, their buffers and recordings; `evaluate [n]` as in `Head.run`, for the draft."""
+    """The steps of one pair of models, their buffers and recordings.
+
+    `evaluate [n]` as in `Head.run`, for the draft; `grid [n]` the same, for `redraft`.
+    """
 
     def __init__(
         self,
@@ -140,14 +85,15 @@ class Steps:
         draft: Model | None,
         evaluate: BoolArray | None,
         aligned: bool,
+        grid: BoolArray | None = None,
     ) -> None:
         self.target, self.draft = target, draft
         """target: None where the draft decodes alone; draft: None where no model drafts"""
         self.device = device
         self._evaluate = evaluate
+        self._redrafts = None if target is None or grid is None else Redrafts(device, target.head, grid)
         self._aligned = aligned
-        self._asked: tuple[Ask, IntArray, int] | None = None
-        """of the last round: the target's call, rows of its z, padded rows"""
+        self._round: Round | None = None
         kept = lru_cache(maxsize=device.kept_shapes)
         self._single = kept(self._make_single)
         self._catching_up = kept(self._make_catch_up)
@@ -167,7 +113,7 @@ class Steps:
 
         `tokens [A, L, D]` what is committed, `guidance [G, R]`.
         """
-        rows = _Rows.of(span, self.device)
+        rows = Rows.of(span, self.device)
         ask, z_row = model.backbone.ask(span)
         step = self._single(model is self.draft, ask, len(tokens), tokens.shape[1], rows.counts[0])
         step.staged.fill(span, rows, tokens, noise, guidance)
@@ -189,7 +135,7 @@ class Steps:
         the draft's noise. Both are overwritten by the next round.
         """
         assert self.target is not None
-        rows = _Rows.of(span, self.device)
+        rows = Rows.of(span, self.device)
         target_ask, z_rows = self.target.backbone.ask(span)
         padded = z_rows[:, rows.source]
         # Where the target's own head drafts, a round is one AR step.
@@ -206,7 +152,8 @@ class Steps:
         draft.launch()
         verify.launch()
         self.device.wait()
-        self._asked = target_ask, z_rows, len(draft.path)
+        padded_rows = np.arange(len(draft.path))
+        self._round = Round(target_ask, z_rows, len(padded_rows), padded_rows[rows.where], verify.modulation)
         return self._proposed(draft, rows), self._verified(verify, rows)
 
     def complete(
@@ -217,10 +164,10 @@ class Steps:
         `guidance [G, K]`, `noise [K, n, D]` by transition. Returns tokens and means `[K, D]`.
         """
         assert self.target is not None
-        assert self._asked is not None
-        ask, z_rows, most = self._asked
+        assert self._round is not None
+        ask, z_rows = self._round.ask, self._round.z_rows
         n = self.target.head.chain.length
-        count = self.device.padded(len(rows), most)
+        count = self.device.padded(len(rows), self._round.padded)
         here = np.minimum(np.arange(count), len(rows) - 1)
         length = self.device.padded(n - int(begin.min()), n)
         step = self._completing(ask, len(guidance), count, length)
@@ -236,6 +183,14 @@ class Steps:
         require_finite(token, "denoise_step")
         return token, mean
 
+    def redraft(
+        self, rows: IntArray, guidance: FloatArray, start: FloatArray, noise: FloatArray, begin: IntArray
+    ) -> tuple[Proposal, FloatArray, IntArray]:
+        """As `Redrafts`, of the last round; before any `complete` of it, for it may use the round's modulation."""
+        assert self._redrafts is not None
+        assert self._round is not None
+        return self._redrafts(self._round, rows, guidance, start, noise, begin)
+
     def catch_up(self, order: IntArray, known: IntArray, tokens: FloatArray, steps: int) -> int:
         """Let the draft take in `tokens [A, L, D]` of the first AR steps; returns its backbone calls per image."""
         assert self.draft is not None
@@ -250,7 +205,7 @@ class Steps:
 
     # --- what is recorded -----------------------------------------------------------------------------
 
-    def _ask_draft(self, draft: Model, span: Span, rows: _Rows) -> list[tuple[Ask, IntArray]]:
+    def _ask_draft(self, draft: Model, span: Span, rows: Rows) -> list[tuple[Ask, IntArray]]:
         """A backbone call for each AR step, and the padded rows of its z."""
         asked = []
         first = 0
@@ -261,9 +216,9 @@ class Steps:
             first += z_row.shape[1]
         return asked
 
-    def _staged(self, head: Head, images: int, tokens: int, rows: int, branches: int) -> _Staged:
+    def _staged(self, head: Head, images: int, tokens: int, rows: int, branches: int) -> Staged:
         zeros, dim = self.device.zeros, head.token_dim
-        return _Staged(
+        return Staged(
             canvas=zeros((images, tokens, dim), np.float32),
             normals=zeros((rows, head.chain.length + 1, dim), np.float32),
             guidance=zeros((branches, rows), np.float32),
@@ -274,7 +229,7 @@ class Steps:
         self,
         model: Model,
         z: Array,
-        staged: _Staged,
+        staged: Staged,
         rows: slice,
         evaluate: BoolArray | None,
         *,
@@ -330,7 +285,7 @@ class Steps:
         canvas = staged.canvas.reshape(-1, dim)
         calls: list[BoundCall] = []
         z_rows, runs = [], []
-        for ask, rows in zip(asks, _Rows(counts, slice(None), slice(None)).slices, strict=True):
+        for ask, rows in zip(asks, Rows(counts, slice(None), slice(None)).slices, strict=True):
             # Modulation of transitions that the target's own head leaves out is wanted when it judges its draft.
             whole = self.draft is None and not self._aligned
             z_row, run, sampling = self._sampling(model, ask.z, staged, rows, self._evaluate, whole=whole)
@@ -360,11 +315,12 @@ class Steps:
             rows = slice(0, len(draft.path))
             z_row, run, calls = self._sampling(target, ask.z, staged, rows, None)
             moved = device.upload(z_row, *run.inputs), *calls, device.download(*run.buffers.drawn)
-            return _Verify([z_row], [rows], np.zeros(0), run, device.record([*asking, *moved]))
+            return _Verify([z_row], [rows], np.zeros(0), None, run, device.record([*asking, *moved]))
         mean = device.zeros(draft.mean.shape, np.float32)
         drawn = draft.runs[0] if self.draft is None else None
         z_rows, z_parts, judging = [], [], []
-        for part in target.head.density(branches, draft.path, mean, drawn):
+        parts = target.head.density(branches, draft.path, mean, drawn)
+        for part in parts:
             if part.z is not None:
                 z_row = device.zeros((part.guidance.size,), np.int64)
                 judging.append(device.gather(part.z.reshape(len(z_row), -1), ask.z, z_row))
@@ -372,7 +328,7 @@ class Steps:
                 z_parts.append(part.rows)
             judging += [device.copy(part.guidance, staged.guidance[:, part.rows]), *part.calls]
         launch = device.record([*asking, device.upload(*z_rows), *judging, device.download(mean)])
-        return _Verify(z_rows, z_parts, mean, None, launch)
+        return _Verify(z_rows, z_parts, mean, parts[0].modulation if len(parts) == 1 else None, None, launch)
 
     def _make_complete(self, ask: Ask, branches: int, count: int, length: int) -> _Complete:
         device, target = self.device, self.target
@@ -393,13 +349,13 @@ class Steps:
     # --- what is read -----------------------------------------------------------------------------------
 
     @staticmethod
-    def _proposed(draft: _Draft, rows: _Rows) -> Trajectory:
+    def _proposed(draft: _Draft, rows: Rows) -> Trajectory:
         path = draft.path[rows.where]
         require_finite(path[:, -1], "denoise_step")
         return Trajectory(path, draft.mean[rows.where], None if draft.std is None else draft.std[rows.where])
 
     @staticmethod
-    def _verified(verify: _Verify, rows: _Rows) -> FloatArray | Trajectory:
+    def _verified(verify: _Verify, rows: Rows) -> FloatArray | Trajectory:
         if verify.run is None:
             mean = verify.mean[rows.where]
             require_finite(mean, "log_density")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from specdec_rt.acceptance import BlockVerdict, block_verify, paper_log_acceptance
+from specdec_rt.decode import redraft
 from specdec_rt.decode.chain import Trajectory
 from specdec_rt.decode.draft import Proposal
 from specdec_rt.residual import draw_block_residual, draw_paper_residual
@@ -18,20 +19,47 @@ from specdec_rt.schedule import Chain
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
 __all__ = [
+    "Again",
     "Completion",
     "ExactJudgement",
     "Finish",
     "PaperJudgement",
+    "ResidualDraws",
     "complete_exact",
     "complete_paper",
     "judge_exact",
     "judge_paper",
+    "judge_rest",
 ]
 
 
 Finish = Callable[[IntArray, FloatArray, FloatArray, IntArray], tuple[FloatArray, FloatArray]]
 """`(rows [K], start [K, D], noise [K, n, D], begin [K])` → tokens, means `[K, D]`: the target's chains of some rows,
 from the state before transition `begin` on."""
+
+
+@dataclass(frozen=True)
+class ResidualDraws:
+    """The random numbers that replace the first rejected state of K rows, and lead on from there."""
+
+    coordinate: FloatArray
+    """`[K]` uniform and"""
+    direction: FloatArray
+    """`[K, D]` normal draw the residual"""
+    fresh: FloatArray
+    """`[K, n, D]` normal: the transitions after it (never the draft's noise: that would bias them)"""
+
+
+@dataclass(frozen=True)
+class Again:
+    """What speculation on the rest of chains takes; rows are those of the round."""
+
+    redraft: Callable[[IntArray, FloatArray, FloatArray, IntArray], tuple[Proposal, FloatArray, IntArray]]
+    """arguments of a `Finish` → what is drafted, the target's means there, sequential head calls `[K]`"""
+    uniform: Callable[[IntArray, int], FloatArray]
+    """`(rows [K], attempt)` → `[K, n + 1]` that decide how much is accepted"""
+    draws: Callable[[IntArray, int], ResidualDraws]
+    """of the same arguments"""
 
 
 @dataclass(frozen=True)
@@ -71,38 +99,69 @@ def judge_exact(chain: Chain, proposal: Proposal, target_mean: FloatArray, unifo
     return ExactJudgement(verdict, target_mean)
 
 
+def judge_rest(
+    chain: Chain,
+    proposal: Proposal,
+    target_mean: FloatArray,
+    uniform: FloatArray,
+    begin: IntArray,  # noqa: ARG001  # for who forces verdicts
+) -> ExactJudgement:
+    """As `judge_exact`, of paths that were drafted from transition `begin [R]` on.
+
+    Before it both means are the same (0), so that every verdict accepts what lies there.
+    """
+    return judge_exact(chain, proposal, target_mean, uniform)
+
+
 def complete_exact(
     chain: Chain,
     proposal: Proposal,
     judgement: ExactJudgement,
     rows: IntArray,
     finish: Finish,
-    *,
-    coordinate: FloatArray,
-    direction: FloatArray,
-    fresh: FloatArray,
+    draws: ResidualDraws,
+    again: Again | None = None,
 ) -> Completion:
-    """Draw the state after each row's accepted prefix from the residual, then finish the target's chain.
+    """Draw the state after each row's accepted prefix from the residual, then go on along the target's chain.
 
-    For the K `rows`: `coordinate [K]` uniform and `direction [K, D]` normal draw the residual,
-    `fresh [K, n, D]` normal the transitions after it (never the draft's noise: that would bias them).
+    For the K `rows` with `draws [K]`: where enough is left, and there is an `again`, by speculation on the rest, and
+    so forth; then all of them step by step by `finish`.
     """
-    n = chain.length
-    step = judgement.verdict.accepted_steps[rows]
-    token = draw_block_residual(
-        proposal.drawn.mean[rows, step],
-        judgement.target_mean[rows, step],
-        chain.std[step],
-        judgement.verdict.log_weight[rows],
-        coordinate,
-        direction,
-    ).astype(np.float32)
-    mean = judgement.mean[rows].copy()
-    begin = step + 1
+    n, count = chain.length, len(rows)
+    token, mean = np.empty((count, proposal.token.shape[1]), np.float32), np.empty_like(judgement.mean[rows])
+    begin, calls, fresh = np.full(count, n), np.zeros(count, np.int64), np.empty_like(draws.fresh)
+    rejected, drafted, attempt = np.arange(count), rows, 0  # of the K rows, and of the proposal's
+    while True:
+        step = judgement.verdict.accepted_steps[drafted]
+        token[rejected] = draw_block_residual(
+            proposal.drawn.mean[drafted, step],
+            judgement.target_mean[drafted, step],
+            chain.std[step],
+            judgement.verdict.log_weight[drafted],
+            draws.coordinate,
+            draws.direction,
+        )
+        mean[rejected], begin[rejected], fresh[rejected] = judgement.mean[drafted], step + 1, draws.fresh
+        if again is None:
+            break
+        long = rejected[n - begin[rejected] >= redraft.LEAST]
+        if not len(long):
+            break
+        attempt += 1
+        proposal, target_mean, made = again.redraft(rows[long], token[long], fresh[long], begin[long])
+        judgement = judge_rest(chain, proposal, target_mean, again.uniform(rows[long], attempt), begin[long])
+        token[long], mean[long], begin[long] = proposal.token, judgement.mean, n
+        calls[long] += made
+        drafted = np.flatnonzero(~judgement.accepted)
+        rejected = long[drafted]
+        if not len(rejected):
+            break
+        draws = again.draws(rows[rejected], attempt)
     left = np.flatnonzero(begin < n)
     if len(left):
         token[left], mean[left] = finish(rows[left], token[left], fresh[left], begin[left])
-    return Completion(token, mean, head_calls=n - begin)
+        calls[left] += n - begin[left]
+    return Completion(token, mean, calls)
 
 
 @dataclass(frozen=True)

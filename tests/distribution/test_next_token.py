@@ -8,7 +8,7 @@ from twosample import grouped_sliced_p_value
 
 from specdec_rt import DecodeOptions, load
 from specdec_rt.decode.draft import ChainNoise, Proposal
-from specdec_rt.decode.verify import complete_exact, judge_exact
+from specdec_rt.decode.verify import ResidualDraws, complete_exact, judge_exact
 from specdec_rt.families.span import Span
 
 SIZES = {"fast, the bundle's guidance": (8, 500, None), "full, no guidance": (64, 2000, 1.0)}
@@ -108,9 +108,11 @@ def speculated(prefixes, seed):
                 judgement,
                 rejected,
                 target.finish(z, guidance),
-                coordinate=rng.random(len(rejected)),
-                direction=rng.standard_normal((len(rejected), target.token_dim)),
-                fresh=rng.standard_normal((len(rejected), n, target.token_dim), dtype=np.float32),
+                ResidualDraws(
+                    coordinate=rng.random(len(rejected)),
+                    direction=rng.standard_normal((len(rejected), target.token_dim)),
+                    fresh=rng.standard_normal((len(rejected), n, target.token_dim), dtype=np.float32),
+                ),
             ).token
         tokens.append(token)
         accepted.append(judgement.accepted.mean())

@@ -9,7 +9,7 @@ from twosample import sliced_p_value
 
 from specdec_rt.acceptance import BlockVerdict, prefix_acceptance, running_log_weight, step_divergence
 from specdec_rt.decode.draft import ChainNoise, Proposal
-from specdec_rt.decode.verify import complete_exact, judge_exact
+from specdec_rt.decode.verify import ResidualDraws, complete_exact, judge_exact
 
 TOKENS = 200_000
 CHUNK = 20_000
@@ -61,9 +61,11 @@ def speculate(rng, rows, variant):
         judgement,
         rejected,
         TARGET.finish(z, guidance),
-        coordinate=rng.random(len(rejected)),
-        direction=normals(rng, len(rejected), DIM),
-        fresh=fresh,
+        ResidualDraws(
+            coordinate=rng.random(len(rejected)),
+            direction=normals(rng, len(rejected), DIM),
+            fresh=fresh,
+        ),
     )
     token[rejected], mean[rejected] = completion.token, completion.mean
     return np.concatenate([token, mean], axis=1), judgement.accepted

@@ -1,26 +1,28 @@
 """A chain over two small random networks, behind the Engine protocol: decoding runs on it as on real engines.
 
-`toy_session` makes images of it: a few tokens, each drawn in the light of the one before it.
+`toy_session` makes images of it: a few tokens, each drawn in the light of the one before it. `self_session` has no
+draft but the target's own head.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from specdec_rt.backends.host import HostDevice
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import Model
-from specdec_rt.decode.loop import Plan, Session
+from specdec_rt.decode.loop import Session
+from specdec_rt.decode.plan import Plan
 from specdec_rt.decode.steps import Steps
 from specdec_rt.engine import BoundCall
 from specdec_rt.families.backbone import Ask, Backbone
 from specdec_rt.families.span import Span
 from specdec_rt.noise import Purpose
-from specdec_rt.schedule import Chain, ChainSpec, compile_chain, raster_schedule
+from specdec_rt.schedule import Chain, ChainSpec, compile_chain, evaluated_steps, raster_schedule
 from specdec_rt.types import Array, FloatArray, IntArray
 
-__all__ = ["DIM", "IMAGE_CHAIN", "TOY_CHAIN", "TableNoise", "toy_head", "toy_session"]
+__all__ = ["DIM", "IMAGE_CHAIN", "TOY_CHAIN", "TableNoise", "self_session", "toy_head", "toy_session"]
 
 DIM, HIDDEN = 2, 16
 PULL = 0.1
@@ -169,6 +171,15 @@ def toy_session(tokens: int) -> Session:
     return Session(plan, Steps(device, target=target, draft=draft, evaluate=None, aligned=False))
 
 
+def self_session(chain: Chain, steps: int) -> Session:
+    """A target that drafts on so many steps of its chain, and a plan for images of one token."""
+    device = HostDevice()
+    target = Model(ToyBackbone(device), toy_head(chain, draft=False, z_dim=DIM))
+    grid = evaluated_steps(chain, steps)
+    plan = replace(toy_session(1).plan, draft=None, evaluate=grid, grid=grid, emit_mean=True)
+    return Session(plan, Steps(device, target=target, draft=None, evaluate=grid, aligned=False, grid=grid))
+
+
 class TableNoise:
     """As `noise.Draws`, drawn beforehand for all images."""
 
@@ -177,17 +188,20 @@ class TableNoise:
         self._shape = images, tokens
         self._tables: dict[tuple[int, ...], FloatArray] = {}
 
-    def normal(self, image: IntArray, token: IntArray, purpose: Purpose, steps: int, dim: int) -> FloatArray:
+    def normal(
+        self, image: IntArray, token: IntArray, purpose: Purpose, steps: int, dim: int, attempt: int = 0
+    ) -> FloatArray:
         """As in `Draws`."""
-        return self._table((purpose, steps, dim), self._rng.standard_normal)[image, token].astype(np.float32)
+        drawn = self._table((purpose, attempt, steps, dim), self._rng.standard_normal)
+        return drawn[image, token].astype(np.float32)
 
-    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int) -> FloatArray:
+    def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int, attempt: int = 0) -> FloatArray:
         """As in `Draws`."""
-        return self._table((purpose, count), self._rng.random)[image, token]
+        return self._table((purpose, attempt, count), self._rng.random)[image, token]
 
     def _table(
         self, key: tuple[Purpose, *tuple[int, ...]], draw: Callable[[tuple[int, ...]], FloatArray]
     ) -> FloatArray:
         if key not in self._tables:
-            self._tables[key] = draw((*self._shape, *key[1:]))
+            self._tables[key] = draw((*self._shape, *key[2:]))
         return self._tables[key]

@@ -46,7 +46,30 @@ def combine(to, p, q, r, s, count, *factors):
     at(to, (count,))[:] = sum(factor * np.float64(at(array, (count,))) for factor, array in terms)
 
 
-PLAIN_KERNELS = {"copy_view": copy_view, "gather_rows": gather_rows, "scatter_rows": scatter_rows, "combine": combine}
+def recur_rows(path, mean, noise, state, next_state, first_mean, begins, ends, factors, count, dim, length):
+    rows = count // dim
+    paths, means = at(path, (rows, length + 1, dim)), at(mean, (rows, length, dim))
+    table = at(factors, (length, 5), np.float64)
+    for row, (begin, end) in enumerate(zip(at(begins, (rows,), np.int64), at(ends, (rows,), np.int64), strict=True)):
+        if begin >= end:
+            continue
+        first = np.float64(at(first_mean, (rows, dim))[row])
+        held = table[begin, 3] * paths[row, begin] + table[begin, 4] * first
+        means[row, begin], paths[row, begin + 1] = first, at(next_state, (rows, dim))[row]
+        for step in range(begin + 1, end):
+            around = table[step, 0] * paths[row, step] + table[step, 1] * held
+            means[row, step] = around
+            paths[row, step + 1] = around + table[step, 2] * at(noise, (rows, length, dim))[row, step]
+        at(state, (rows, dim))[row] = paths[row, end]
+
+
+PLAIN_KERNELS = {
+    "copy_view": copy_view,
+    "gather_rows": gather_rows,
+    "scatter_rows": scatter_rows,
+    "combine": combine,
+    "recur_rows": recur_rows,
+}
 
 
 class Stream:

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.observe import observe
+from benchmarks.requests import Request
 from specdec_rt import load
 from specdec_rt.bench.cost import Acceptance, HostCost, Interpolated, draw_left, simulate
 from specdec_rt.bench.predict import Predictor
 from specdec_rt.bench.timing import TimedBackend, profile, repeat
 from specdec_rt.cli import app
 from specdec_rt.config import DecodeOptions
+from specdec_rt.decode import redraft
 from specdec_rt.errors import UsageError
 
 
@@ -73,6 +76,24 @@ def test_the_simulation_takes_as_many_rounds_as_decoding(name, options):
     found = simulate(work, Acceptance(stats.acceptance_rate), Counting(density=1), HostCost(), trials=100)
 
     assert found.launches == pytest.approx(stats.rounds / 10, rel=0.12)
+
+
+def test_rests_that_are_drafted_again_take_as_many_calls_as_decoding(monkeypatch):
+    monkeypatch.setattr(redraft, "LEAST", 3)
+    pipeline = load("digits", backend="onnxruntime", threads=1)
+    options = DecodeOptions(mode="exact", draft="self", draft_steps=5)
+    request = Request(options, 1)
+    seen = [observe(pipeline, request, seed=seed, requests=1) for seed in range(12)]
+    calls = [request(pipeline, seed).sequential_head_calls for seed in range(12)]
+    judged, accepted = np.sum([counts for each in seen for counts in each.by_offset.values()], axis=0)
+    rests = np.concatenate([each.rests for each in seen])
+    acceptance = Acceptance(accepted / judged, np.mean(np.concatenate([each.left for each in seen])), rests.mean())
+
+    work = Predictor(pipeline, host=HostCost()).workload(options, 1)
+    found = simulate(work, acceptance, Counting(step=1), HostCost(), trials=100)
+
+    assert len(rests) > 100
+    assert found.seconds == pytest.approx(np.mean(calls), rel=0.1)
 
 
 def test_the_largest_of_a_batch_decides(predictor):

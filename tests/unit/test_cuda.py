@@ -41,7 +41,7 @@ def compiled_kernels(tmp_path_factory):
 
     def kernel(name):
         function = getattr(loaded, name)
-        count_at = {"copy_view": 2, "gather_rows": 3, "scatter_rows": 3, "combine": 5}[name]
+        count_at = {"copy_view": 2, "gather_rows": 3, "scatter_rows": 3, "combine": 5, "recur_rows": 9}[name]
 
         def call(*arguments):
             typed = [ctypes.c_double(a) if isinstance(a, float) else ctypes.c_longlong(a) for a in arguments]
@@ -145,6 +145,39 @@ def test_a_recurrence_is_what_a_loop_makes(device, steps):
         where.wait()
         np.testing.assert_allclose(mean, means, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(path, states, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_recur_in_windows_of_their_own(device):
+    rng = np.random.default_rng(0)
+    length, windows = 5, [(0, 5), (1, 2), (3, 5), (5, 5), (1, 4), (1, 2)]  # whole, one step, an end, none, the midst
+    rows, factors = len(windows), rng.normal(size=(length, 5))
+    paths, drawn = rng.normal(size=(rows, length + 1, 3)), rng.normal(size=(rows, length, 3))
+    nexts, firsts, lasts = rng.normal(size=(3, rows, 3)).astype(np.float32)
+    paths, drawn = paths.astype(np.float32), drawn.astype(np.float32)
+    expected, means, states = np.float64(paths), np.zeros((rows, length, 3)), np.float64(lasts)
+    for row, (begin, end) in enumerate(windows):
+        if begin == end:
+            continue
+        held = factors[begin, 3] * paths[row, begin] + factors[begin, 4] * np.float64(firsts[row])
+        means[row, begin], expected[row, begin + 1] = firsts[row], nexts[row]
+        for step in range(begin + 1, end):
+            means[row, step] = factors[step, 0] * expected[row, step] + factors[step, 1] * held
+            expected[row, step + 1] = means[row, step] + factors[step, 2] * drawn[row, step]
+        states[row] = expected[row, end]
+    for where in (device, HostDevice()):
+        path, mean, noise = (where.zeros((rows, length + more, 3), np.float32) for more in (1, 0, 0))
+        state, next_state, first_mean = (where.zeros((rows, 3), np.float32) for _ in range(3))
+        begins, ends = (where.zeros((rows,), np.int64) for _ in range(2))
+        table = where.zeros((length, 5), np.float64)
+        path[:], noise[:], state[:], next_state[:], first_mean[:] = paths, drawn, lasts, nexts, firsts
+        (begins[:], ends[:]), table[:] = np.transpose(windows), factors
+        where.upload(path, noise, state, next_state, first_mean, begins, ends, table)()
+        where.recur_rows(path, mean, noise, state, (next_state, first_mean), (begins, ends), table)()
+        where.download(path, mean, state)()
+        where.wait()
+        np.testing.assert_allclose(path, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(mean, means, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(state, states, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_is_captured_once_and_replayed(device):

@@ -12,7 +12,7 @@ from specdec_rt.build import profile as profiles
 from specdec_rt.build.profile import graph_profile
 from specdec_rt.build.recipe import Recipe, default_recipe, read_recipe
 from specdec_rt.bundle import load_bundle
-from specdec_rt.decode import chain
+from specdec_rt.decode import chain, redraft
 from specdec_rt.errors import RecipeError
 from specdec_rt.manifest import Binding, Decoder, Graph, GraphName, ImageLayout
 from specdec_rt.schedule import compile_chain, cosine_schedule
@@ -68,9 +68,10 @@ def test_any_recipes_profiles_fit_every_graph(name, buckets, draft_length):
     for model, graph in graphs_of(manifest):
         sizes = ranges(manifest, model, graph, recipe)
         if graph in (GraphName.DENOISE_STEP, GraphName.LOG_DENSITY):
-            assert sizes["n"] == (n, n, n)
+            least = min(redraft.LEAST, n) if graph is GraphName.LOG_DENSITY else n
+            assert sizes["n"] == (least, n, n)
             assert sizes["G"] == (1, 2, 2)
-            assert sizes.get("n_plus_1", (n + 1,) * 3) == (n + 1,) * 3
+            assert sizes.get("n_plus_1", (least + 1, n + 1, n + 1)) == (least + 1, n + 1, n + 1)
 
 
 @given(buckets=BUCKETS, draft_length=GAMMA)
@@ -134,6 +135,7 @@ def test_limits_are_the_runtimes():
     assert profiles.STATES_PER_CALL == chain.STATES_PER_CALL
     assert profiles.MODULATION_VALUES == chain.MODULATION_VALUES
     assert profiles.BRANCHES == chain.BRANCHES
+    assert profiles.REDRAFTED == redraft.LEAST
     assert profiles.PIXELS_PER_CALL == pixels.PIXELS_PER_CALL
 
 

@@ -11,6 +11,7 @@ from fake_cuda import FakeBackend, FakeCuda
 from specdec_rt import BackendError, DecodeOptions, Pipeline, load
 from specdec_rt.backends.cuda import CudaDevice
 from specdec_rt.bundle import load_bundle
+from specdec_rt.decode import redraft
 
 CLOSE = 2e-4
 """Rounding between batch shapes may move a token by this much."""
@@ -54,6 +55,16 @@ def test_images_are_the_hosts(host, gpu, name, case):
         options["ar_steps"] = 8
     expected, found = (pipeline.generate([3, 1, 4], seed=7, **options).tokens for pipeline in (host[name], gpu[name]))
     assert np.abs(found - expected).max() <= CLOSE
+
+
+@pytest.mark.parametrize("options", [{"draft": "self", "draft_steps": 5}, {"draft": "small", "draft_length": 3}])
+@pytest.mark.parametrize("name", ["digits", "digits-mar"])
+def test_rests_of_chains_that_are_drafted_again_are_the_hosts(host, gpu, name, options, monkeypatch):
+    monkeypatch.setattr(redraft, "LEAST", 3)
+    asked = {"seed": 8, "mode": "exact", **options, **({"ar_steps": 8} if name == "digits-mar" else {})}
+    expected, found = (pipeline.generate([3, 1, 4], **asked) for pipeline in (host[name], gpu[name]))
+    assert found.stats.sequential_head_calls == expected.stats.sequential_head_calls
+    assert np.abs(found.tokens - expected.tokens).max() <= CLOSE
 
 
 def test_caches_of_an_engine_that_updates_nothing_in_place(host, cuda):
