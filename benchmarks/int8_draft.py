@@ -36,9 +36,10 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 from safetensors import safe_open
 
+from benchmarks.derived import made_of, told
 from export.bundles import replace_bundle, require_replaceable, write_manifest
 from specdec_rt.bundle import Bundle, file_sha256, load_bundle
-from specdec_rt.errors import BundleError, OutputError, SpecDecError, UsageError
+from specdec_rt.errors import OutputError, UsageError
 from specdec_rt.manifest import HEAD_GRAPHS, MANIFEST, Family, GraphName, Model
 
 __all__ = ["int8_draft", "main", "quantise"]
@@ -69,7 +70,7 @@ def int8_draft(source: str | Path, draft: str, out: Path) -> bool:
         "narrowest": NARROWEST,
         "onnxruntime": onnxruntime.__version__,
     }
-    if _note(out) == note:
+    if made_of(out, PROVENANCE) == note:
         return False
     folder = None
     try:
@@ -124,14 +125,6 @@ def _require(bundle: Bundle, draft: str, out: Path) -> None:
 
 def _name(draft: str) -> str:
     return f"{draft}-int8"
-
-
-def _note(out: Path) -> Any:  # noqa: ANN401  # of any release
-    """What the bundle in `out` says that it was made of; None where there is none, or a damaged one."""
-    try:
-        return load_bundle(out).manifest.provenance.get(PROVENANCE)
-    except BundleError:
-        return None
 
 
 def _write(bundle: Bundle, draft: str, note: Mapping[str, Any], folder: Path) -> None:
@@ -198,13 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("draft", help="of that bundle")
     parser.add_argument("out", type=Path, metavar="OUT", help="the new bundle's folder")
     given = parser.parse_args(argv)
-    try:
-        written = int8_draft(given.bundle, given.draft, given.out)
-    except SpecDecError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stderr.write(f"{'wrote' if written else 'kept'} {given.out}\n")
-    return 0
+    return told(lambda: int8_draft(given.bundle, given.draft, given.out), given.out)
 
 
 if __name__ == "__main__":

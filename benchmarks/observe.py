@@ -9,10 +9,10 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.requests import Request, schedule_of
+from benchmarks.requests import Request, request_schedule
 from specdec_rt import Pipeline
 from specdec_rt import pipeline as pipeline_module
-from specdec_rt.decode import loop
+from specdec_rt.decode import loop, verify
 from specdec_rt.decode.verify import ExactJudgement, PaperJudgement
 from specdec_rt.noise import NoiseSource, Purpose
 from specdec_rt.types import FloatArray, IntArray
@@ -30,6 +30,8 @@ class Observed:
     """by place in the round"""
     left: list[float] = field(default_factory=list)
     """share of the chain that was left, of every rejected token (`exact` mode)"""
+    rests: list[bool] = field(default_factory=list)
+    """whether it was accepted, of every rest of a chain that was drafted again"""
 
     def count(self, image: IntArray, step: IntArray, judgement: ExactJudgement | PaperJudgement) -> None:
         """A round: rows `[R]` of images at AR steps."""
@@ -59,6 +61,7 @@ class Observed:
             "judged": judged,
             "acceptance_rate": kept / judged if judged else None,
             "left": float(np.mean(self.left)) if self.left else None,
+            "resumed": float(np.mean(self.rests)) if self.rests else None,
             "by_step": rows(self.by_step),
             "by_offset": rows(self.by_offset),
         }
@@ -67,7 +70,7 @@ class Observed:
 def observe(pipeline: Pipeline, request: Request, *, seed: int, requests: int) -> Observed:
     """The verdicts of some requests."""
     observed = Observed()
-    known = schedule_of(pipeline, request.options).known
+    known = request_schedule(pipeline, request.options).known
     for each in range(requests):
         with _recorded(observed, known):
             request(pipeline, seed + each)
@@ -83,12 +86,14 @@ def _recorded(observed: Observed, known: IntArray) -> Iterator[None]:
     class Draws(NoiseSource):
         """Notes the order of each image's places, and the rows that are judged next."""
 
-        def uniform(self, image: IntArray, token: IntArray, purpose: Purpose, count: int) -> FloatArray:
-            drawn = super().uniform(image, token, purpose, count)
+        def uniform(
+            self, image: IntArray, token: IntArray, purpose: Purpose, count: int, attempt: int = 0
+        ) -> FloatArray:
+            drawn = super().uniform(image, token, purpose, count, attempt)
             if purpose is Purpose.ORDER:
                 ranks = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1)
                 rank.update(zip(image.tolist(), ranks, strict=True))
-            if purpose is Purpose.ACCEPTANCE:
+            if purpose is Purpose.ACCEPTANCE and not attempt:
                 last[:] = [(image, token)]
             return drawn
 
@@ -105,8 +110,15 @@ def _recorded(observed: Observed, known: IntArray) -> Iterator[None]:
 
         return judged
 
+    def rest(*arguments: Any) -> ExactJudgement:  # noqa: ANN401  # passed on
+        judgement = judge_rest(*arguments)
+        observed.rests += judgement.accepted.tolist()
+        return judgement
+
+    judge_rest = verify.judge_rest
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(pipeline_module, "NoiseSource", Draws))
         for name in ("judge_exact", "judge_paper"):
             stack.enter_context(mock.patch.object(loop, name, noted(getattr(loop, name))))
+        stack.enter_context(mock.patch.object(verify, "judge_rest", rest))
         yield

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.plots import Plot, plots_of
 from specdec_rt.errors import UsageError
 from specdec_rt.output import Write, write_together
@@ -56,6 +58,7 @@ def _section(result: dict[str, Any], plots: Sequence[Plot]) -> str:
     settings = result["settings"]
     parts = [f"## {settings['title']}", _conditions(result)]
     parts += [f"### Batch {batch}\n\n{_rows_table(rows)}" for batch, rows in _by_batch(result["rows"])]
+    parts += _by_turns(result["rows"])
     parts += _ablation(result["rows"])
     parts += [f"![{plot.caption}]({plot.name})" for plot in plots]
     shares = _host_table(result["rows"])
@@ -86,7 +89,8 @@ def _conditions(result: dict[str, Any]) -> str:
     }
     if forced:
         shares = "; ".join(
-            f"{name}: {of['acceptance']:.0%} accepted, {of['left']:.0%} of the chain left at a rejection"
+            f"{name}: {of['acceptance']:.0%} accepted, {of['left']:.0%} of the chain left at a rejection, "
+            f"{of['resumed']:.0%} of rests accepted"
             for name, of in forced.items()
         )
         source = settings["forced_source"]
@@ -132,9 +136,15 @@ def _rows_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _ablation(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """One thing at a time, each row against the one before it and against the first."""
+    """One thing at a time, each row against the one before it and against the first.
+
+    Of the batches where the first thing was measured: without it there is nothing to add to.
+    """
+    rows = [row for row in rows if row["adds"] and "p50_seconds" in row]
     parts = []
-    for batch, here in _by_batch(row for row in rows if row["adds"] and "p50_seconds" in row):
+    for batch, here in _by_batch(rows):
+        if here[0]["adds"] != rows[0]["adds"]:
+            continue
         shown = []
         first = before = here[0]["p50_seconds"]
         for row in here:
@@ -145,6 +155,21 @@ def _ablation(rows: Iterable[dict[str, Any]]) -> list[str]:
         header = ("one thing at a time", "variant", "p50 ms", "against the row above", "against the first")
         parts.append(f"### Ablation, batch {batch}\n\n{_table(header, shown)}")
     return parts
+
+
+def _by_turns(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Variants whose requests took turns with another's in one process."""
+    shown = []
+    for row in rows:
+        if "beside_ratios" in row:
+            low, median, high = np.percentile(row["beside_ratios"], [25, 50, 75])
+            shown.append(
+                [row["variant"], row["beside"], str(row["batch"]), f"{median:.2f}×", f"{low:.2f}× to {high:.2f}×"]
+            )
+    if not shown:
+        return []
+    header = ("variant", "against", "batch", "speed", "quartiles")
+    return [f"### By turns, request by request in one process\n\n{_table(header, shown)}"]
 
 
 def _first_requests(rows: list[dict[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """One request of a scenario to the runtime: whole, or its first AR steps; verdicts found, forced or recorded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,13 +13,15 @@ from specdec_rt import Pipeline
 from specdec_rt.acceptance import BlockVerdict
 from specdec_rt.bench.cost import draw_left
 from specdec_rt.config import DecodeOptions
-from specdec_rt.decode import loop
+from specdec_rt.decode import loop, verify
+from specdec_rt.decode.draft import Proposal
+from specdec_rt.decode.plan import schedule_of
 from specdec_rt.decode.stats import Stats
 from specdec_rt.decode.verify import ExactJudgement, judge_exact
-from specdec_rt.schedule import ArSchedule, cosine_schedule, raster_schedule
-from specdec_rt.types import IntArray
+from specdec_rt.schedule import ArSchedule, Chain
+from specdec_rt.types import FloatArray, IntArray
 
-__all__ = ["Request", "forced_verdicts", "labels_of", "schedule_of"]
+__all__ = ["Request", "forced_verdicts", "labels_of", "request_schedule"]
 
 
 GOLDEN, SILVER = (5**0.5 - 1) / 2, 2**0.5 - 1
@@ -48,7 +50,7 @@ class Request:
         kept: dict[str, Any] = {"seed": seed, "batch_size": self.batch, "options": self.options}
         if self.first_ar_steps is None:
             return pipeline.generate(labels, **kept).stats
-        schedule = schedule_of(pipeline, self.options)
+        schedule = request_schedule(pipeline, self.options)
         wanted = self.batch * int(schedule.known[min(self.first_ar_steps, schedule.steps)])
 
         def stop(done: int, total: int) -> None:  # noqa: ARG001  # as the runtime calls it
@@ -67,12 +69,10 @@ def labels_of(pipeline: Pipeline, seed: int, batch: int) -> IntArray:
     return np.asarray((seed * batch + np.arange(batch)) % pipeline.bundle.manifest.classes)
 
 
-def schedule_of(pipeline: Pipeline, options: DecodeOptions) -> ArSchedule:
+def request_schedule(pipeline: Pipeline, options: DecodeOptions) -> ArSchedule:
     """How a request with these options spreads its tokens."""
     manifest = pipeline.bundle.manifest
-    if manifest.family == "causal":
-        return raster_schedule(manifest.tokens)
-    return cosine_schedule(manifest.tokens, options.ar_steps or manifest.defaults.ar_steps)
+    return schedule_of(manifest, options.ar_steps or manifest.defaults.ar_steps)
 
 
 @contextmanager
@@ -84,18 +84,31 @@ def forced_verdicts(forced: Forced | None) -> Iterator[None]:
     if forced is None:
         yield
         return
-    judged_rows = 0
 
-    def judged(*arguments: Any, **named: Any) -> ExactJudgement:  # noqa: ANN401  # passed on
-        nonlocal judged_rows
-        found = judge_exact(*arguments, **named)
-        rows, length = found.target_mean.shape[:2]
-        turn = judged_rows + np.arange(rows)
-        judged_rows += rows
-        rejected = length - 1 - draw_left(turn * SILVER % 1, length, forced.left)
-        steps = np.where(turn * GOLDEN % 1 < forced.acceptance, length, rejected)
-        # With the weight of an unbroken path a residual can be drawn wherever a path is cut.
-        return replace(found, verdict=BlockVerdict(steps, np.zeros(rows)))
+    def judge(acceptance: float, left: float) -> Callable[..., ExactJudgement]:
+        judged_rows = 0
 
-    with mock.patch.object(loop, "judge_exact", judged):
+        def judged(
+            chain: Chain,
+            proposal: Proposal,
+            target_mean: FloatArray,
+            uniform: FloatArray,
+            begin: IntArray | int = 0,
+        ) -> ExactJudgement:
+            nonlocal judged_rows
+            found = judge_exact(chain, proposal, target_mean, uniform)
+            rows, length = target_mean.shape[:2]
+            turn = judged_rows + np.arange(rows)
+            judged_rows += rows
+            rejected = length - 1 - draw_left(turn * SILVER % 1, length - begin, left)
+            steps = np.where(turn * GOLDEN % 1 < acceptance, length, rejected)
+            # With the weight of an unbroken path a residual can be drawn wherever a path is cut.
+            return replace(found, verdict=BlockVerdict(steps, np.zeros(rows)))
+
+        return judged
+
+    with (
+        mock.patch.object(loop, "judge_exact", judge(forced.acceptance, forced.left)),
+        mock.patch.object(verify, "judge_rest", judge(forced.resumed, 0.5)),
+    ):
         yield

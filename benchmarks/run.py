@@ -20,7 +20,7 @@ from specdec_rt.output import write_together
 __all__ = ["Results", "run_scenario", "write_json"]
 
 WORK = Path(__file__).parents[1] / "work" / "bench"
-"""Random bundles, and those with an int8 draft; git ignores it."""
+"""Random bundles, and what is made of bundles for single rows; git ignores it."""
 
 
 def write_json(path: Path, content: object) -> None:
@@ -67,6 +67,14 @@ class Results:
             row["samples"] = len(seconds)
             if self.scenario.first_ar_steps is None:
                 row["images_per_second"] = batch / times.p50
+        turns = [process for process in row["processes"] if "beside_seconds" in process]
+        if isinstance(variant, RuntimeVariant) and turns:
+            row["beside"] = variant.beside
+            row["beside_ratios"] = [
+                other / own
+                for process in turns
+                for own, other in zip(process["seconds"], process["beside_seconds"], strict=True)
+            ]
         self.write()
         return row
 
@@ -89,16 +97,22 @@ def run_scenario(
 ) -> Results:
     """Measure; progress goes to stderr. `only` keeps the variants whose name holds it."""
     plain = _bundle(scenario)
-    drafted = plain if scenario.int8_draft is None else _with_int8_draft(plain, scenario.int8_draft)
+    drafted = plain if scenario.int8_draft is None else _derived("int8_draft", plain, scenario.int8_draft)
+    published = plain
+    if any(isinstance(variant, RuntimeVariant) and variant.published_head for variant in scenario.variants):
+        published = _derived("published_head", plain)
     results = Results(out, name, scenario, threads, machine_record(argv))
     cases = [(variant, batch) for variant, batch in scenario.cases() if only is None or only in variant.name]
     told = _Told(len(cases) * scenario.repeats + 2)
 
     def job(kind: Any, **more: Any) -> Job:  # noqa: ANN401  # fields of a Job
-        # torch reads models from their weights files, and an int8 draft has none.
-        of_torch = kind == "limits" or isinstance(more.get("variant"), TorchVariant)
-        bundle = str(plain if of_torch else drafted)
-        return Job(kind=kind, scenario=scenario, bundle=bundle, threads=threads, **more)
+        variant = more.get("variant")
+        bundle = drafted
+        if kind == "limits" or isinstance(variant, TorchVariant):
+            bundle = plain  # torch reads models from their weights files, and an int8 draft has none
+        elif isinstance(variant, RuntimeVariant) and variant.published_head:
+            bundle = published
+        return Job(kind=kind, scenario=scenario, bundle=str(bundle), threads=threads, **more)
 
     failed: set[tuple[str, int]] = set()
     for turn in range(scenario.repeats):
@@ -134,21 +148,25 @@ def _measured(results: Results) -> tuple[Measured, ...]:
         for variant in results.scenario.variants
         if isinstance(variant, RuntimeVariant) and variant.forced is not None
     }
-    left = {name: row["observed"]["left"] for (name, _), row in results.rows.items() if "observed" in row}
+    observed = {name: row["observed"] for (name, _), row in results.rows.items() if "observed" in row}
     others = {
         variant.name
         for variant in results.scenario.variants
-        if isinstance(variant, RuntimeVariant) and (variant.paced or variant.workers > 1)
+        if isinstance(variant, RuntimeVariant) and (variant.paced or variant.workers > 1 or variant.published_head)
     }
     for (name, batch), row in results.rows.items():
-        if row["engine"] == "runtime" and name not in others:  # the model is of fixed draft lengths and one worker
+        # The model is of fixed draft lengths, one worker and the bundle's own graphs.
+        if row["engine"] == "runtime" and name not in others:
             rates = [process["stats"].get("acceptance_rate") for process in row["processes"]]
             rate = sum(rates) / len(rates) if None not in rates else None
             if name in forced:
-                rate, share = forced[name].acceptance, forced[name].left
-                found.append(Measured(variant=name, batch=batch, acceptance=rate, left=share))
+                of = forced[name]
+                seen = {"left": of.left, "resumed": of.resumed}
+                rate = of.acceptance
             else:
-                found.append(Measured(variant=name, batch=batch, acceptance=rate, left=left.get(name)))
+                seen = observed.get(name, {})
+            left, resumed = seen.get("left"), seen.get("resumed")
+            found.append(Measured(variant=name, batch=batch, acceptance=rate, left=left, resumed=resumed))
     return tuple(found)
 
 
@@ -183,13 +201,13 @@ def _bundle(scenario: Scenario) -> str | Path:
     return folder
 
 
-def _with_int8_draft(bundle: str | Path, draft: str) -> Path:
-    """The bundle with an int8 copy of one of its drafts; made where it is missing, or was made of something else."""
-    folder = WORK / f"{Path(bundle).name}-{draft}-int8"
+def _derived(module: str, bundle: str | Path, *arguments: str) -> Path:
+    """What a module of this package makes of the bundle; made where it is missing, or was made of something else."""
+    folder = WORK / "-".join([Path(bundle).name, *arguments, module])
     # In a process of its own: making it takes torch.
-    command = [sys.executable, "-m", "benchmarks.int8_draft", str(bundle), draft, str(folder)]
+    command = [sys.executable, "-m", f"benchmarks.{module}", str(bundle), *arguments, str(folder)]
     if subprocess.run(command, cwd=Path(__file__).parents[1], stdout=sys.stderr).returncode:
-        raise SystemExit(f"{bundle} got no int8 copy of its draft {draft!r} (see above)")
+        raise SystemExit(f"benchmarks.{module} made nothing of {bundle} (see above)")
     return folder
 
 

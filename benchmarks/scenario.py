@@ -48,6 +48,8 @@ class Forced(_Table):
     acceptance: float = Field(ge=0, le=1)
     left: float = Field(ge=0, le=1)
     """mean share of the chain after a rejection"""
+    resumed: float = Field(ge=0, le=1)
+    """acceptance of rests of chains that are drafted again"""
 
 
 class RuntimeVariant(_Table):
@@ -59,11 +61,15 @@ class RuntimeVariant(_Table):
     """of `DecodeOptions`"""
     workers: _Count = 1
     """that share the images and the threads"""
+    published_head: bool = False
+    """whether steps compute what the model's own forward pass does: see `benchmarks.published_head`; `target` mode"""
     batches: tuple[_Count, ...] = ()
     adds: str = ""
     observe: bool = False
     """whether acceptance is also recorded position by position"""
     forced: Forced | None = None
+    beside: str = ""
+    """a variant whose requests take turns with this one's in the same process: a ratio that no drift enters"""
 
     @field_validator("options")
     @classmethod
@@ -138,13 +144,23 @@ class Scenario(_Table):
             raise ValueError("name either bundle or random_mar")
         if self.int8_draft is not None and self.bundle is None:
             raise ValueError("int8_draft is given without bundle: random weights have no draft to quantise")
+        runtime = [variant for variant in self.variants if isinstance(variant, RuntimeVariant)]
         names = [variant.name for variant in self.variants]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two variants are called {twice[0]!r}")
         if self.first_ar_steps is not None and self.ar_steps is None:
             raise ValueError("first_ar_steps is given without ar_steps")
-        forced = any(isinstance(variant, RuntimeVariant) and variant.forced is not None for variant in self.variants)
+        for variant in runtime:
+            if variant.published_head and variant.options.get("mode") != "target":
+                raise ValueError(f"{variant.name!r} has published_head, which is for mode 'target'")
+            if variant.beside and variant.beside not in {
+                other.name for other in runtime if other.workers == variant.workers and not other.published_head
+            }:
+                raise ValueError(
+                    f"{variant.name!r} runs beside {variant.beside!r}; expected a runtime variant with as many workers"
+                )
+        forced = any(variant.forced is not None for variant in runtime)
         if forced and self.bundle is not None:
             raise ValueError("forced is for random weights: a bundle has an acceptance of its own")
         if forced != (self.forced_source is not None):

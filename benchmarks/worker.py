@@ -29,6 +29,7 @@ class Measured(BaseModel):
     batch: int
     acceptance: float | None
     left: float | None
+    resumed: float | None
 
 
 class Job(BaseModel):
@@ -71,14 +72,33 @@ def perform(job: Job) -> dict[str, Any]:
 
 def _time_runtime(job: Job, pipeline: Pipeline, request: Request) -> dict[str, Any]:
     figures: list[Stats | None] = []
-    first, times = _timed(job.scenario, lambda seed: figures.append(request(pipeline, seed)))
+
+    def counting(seed: int) -> None:
+        figures.append(request(pipeline, seed))
+
+    beside = _beside(job)
+    if beside is None:
+        first, times = _timed(job.scenario, counting)
+        turns = {}
+    else:
+        first, times, others = _by_turns(job.scenario, counting, lambda seed: beside(pipeline, seed))
+        turns = {"beside_seconds": list(others.seconds)}
     counted = [stats for stats in figures[-len(times.seconds) :] if stats is not None]
     found = profile(pipeline, request, seed=job.scenario.seed) if job.profiled else None
     return {
         **_record(first, times),
+        **turns,
         "stats": _mean(counted),
         "profile": None if found is None else found[0].as_dict(),
     }
+
+
+def _beside(job: Job) -> Request | None:
+    """The request that takes turns with the job's."""
+    for variant in job.scenario.variants:
+        if isinstance(variant, RuntimeVariant) and variant.name == getattr(job.variant, "beside", None):
+            return Request.of(job.scenario, variant, job.batch)
+    return None
 
 
 def _mean(figures: list[Stats]) -> dict[str, float]:
@@ -142,6 +162,26 @@ def _timed(scenario: Scenario, request: Callable[[int], None]) -> tuple[float, T
     return first, times
 
 
+def _by_turns(
+    scenario: Scenario, request: Callable[[int], object], beside: Callable[[int], object]
+) -> tuple[float, Times, Times]:
+    """As `_timed`, with another request after each, or before each second one; its times as well."""
+    started = time.perf_counter()
+    request(scenario.seed + scenario.samples)
+    first = time.perf_counter() - started
+    own: list[float] = []
+    others: list[float] = []
+    for extra in range(scenario.warmup):
+        beside(scenario.seed + scenario.samples + extra)
+        if extra:
+            request(scenario.seed + scenario.samples + extra)
+    while len(own) < scenario.samples and sum(own) < scenario.limit_seconds:
+        turns = [(own, request), (others, beside)]
+        for seconds, each in turns if len(own) % 2 else turns[::-1]:
+            seconds += repeat(each, seed=scenario.seed + len(seconds), warmup=0, samples=1).seconds
+    return first, Times(tuple(own)), Times(tuple(others))
+
+
 def _record(first: float, times: Times) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": list(times.seconds), "first_request_seconds": first, "peak_bytes": peak}
@@ -173,7 +213,8 @@ def _cost(job: Job, pipeline: Pipeline) -> dict[str, Any]:
     rows = []
     for measured in job.measured:
         options = variants[measured.variant].decode_options(scenario)
-        acceptance = Acceptance(measured.acceptance or 0.0, 0.5 if measured.left is None else measured.left)
+        left = 0.5 if measured.left is None else measured.left
+        acceptance = Acceptance(measured.acceptance or 0.0, left, measured.resumed)
         found = predictor.predict(options, measured.batch, acceptance)
         rows.append(
             {"variant": measured.variant, "batch": measured.batch, "seconds": found.seconds, "parts": found.parts}

@@ -1,4 +1,4 @@
-"""Latency of the four steps of decoding on one backend, through the runtime's own `Steps`.
+"""Latency of the steps of decoding on one backend, through the runtime's own `Steps`.
 
 The batch stands in the middle of its images, each image with the same number of tokens; tokens and noise are
 random, so figures are those of the shapes, whatever a model has learned.
@@ -21,7 +21,7 @@ from specdec_rt.types import FloatArray, IntArray
 
 __all__ = ["STEPS", "Stage", "measure_steps", "timed_pipeline"]
 
-STEPS = ("target", "draft", "verify", "completion")
+STEPS = ("target", "draft", "verify", "redraft", "completion")
 MAR_AR_STEPS = 64
 DRAFT_LENGTH = 4
 SEED = 0
@@ -51,8 +51,11 @@ def measure_steps(
         both = clock.launches(device, stage.round, ["draft", "verify"])
         for step in ("draft", "verify"):
             yield {**shared, "step": step, **stage.counts(stage.span), **_launch(both, step), **_call(both)}
-        rest = clock.launches(device, stage.complete, ["completion"])
         counts = {"rows": len(stage.rejected), "chain": stage.left}
+        if session.plan.grid is not None:  # else chains are too short for it
+            again = clock.launches(device, stage.redraft, ["redraft"])
+            yield {**shared, "step": "redraft", **counts, **_launch(again, "redraft"), **_call(again)}
+        rest = clock.launches(device, stage.complete, ["completion"])
         yield {**shared, "step": "completion", **counts, **_launch(rest, "completion"), **_call(rest)}
 
 
@@ -136,9 +139,16 @@ class Stage:
         guidance = self.session.plan.guidance_at(self.span.ar_step)
         self.session.steps.round(self.tokens, self.span, ChainNoise.of(self.normals), guidance)
 
+    def redraft(self) -> None:
+        """The target drafts and judges what `complete` makes step by step."""
+        self.session.steps.redraft(*self._rest())
+
     def complete(self) -> None:
         """The target redraws one AR step of each image from halfway down the chain."""
+        self.session.steps.complete(*self._rest())
+
+    def _rest(self) -> tuple[IntArray, FloatArray, FloatArray, FloatArray, IntArray]:
         rows = self.rejected
         guidance = self.session.plan.guidance_at(self.span.ar_step[rows])
         start, noise = self.normals[rows, 0], self.normals[rows, 1:]
-        self.session.steps.complete(rows, guidance, start, noise, np.full(len(rows), self._begin))
+        return rows, guidance, start, noise, np.full(len(rows), self._begin)

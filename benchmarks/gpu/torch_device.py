@@ -23,7 +23,12 @@ __all__ = ["TorchBackend", "TorchDevice"]
 
 KEPT_SHAPES = 1024
 """As on `CudaDevice`."""
-_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.int64): torch.int64, np.dtype(np.bool_): torch.bool}
+_DTYPES = {
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.bool_): torch.bool,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +128,37 @@ class TorchDevice:
                 made = of_state * states[each].double() + of_first * first.double() + of_second * second.double()
                 means[each] = made
                 states[each + 1] = made + std * normals[each].double()
+
+        return call
+
+    def recur_rows(
+        self,
+        path: Array,
+        mean: Array,
+        noise: Array,
+        state: Array,
+        made: tuple[Array, Array],
+        window: tuple[Array, Array],
+        factors: Array,
+    ) -> BoundCall:
+        """As in `engine.Device`: all steps of all rows, of which those outside of a row's window change nothing."""
+        states, means, normals, last = (self.twin(array) for array in (path, mean, noise, state))
+        next_state, first_mean, at, end, table = (self.twin(array) for array in (*made, *window, factors))
+        rows, length = torch.arange(len(states), device=states.device), means.shape[1]
+
+        def call() -> None:
+            on, first = (at < end)[:, None], at.clamp(max=length - 1)
+            held = table[first, 3:4] * states[rows, first] + table[first, 4:5] * first_mean
+            means[rows, first] = torch.where(on, first_mean, means[rows, first])
+            states[rows, first + 1] = torch.where(on, next_state, states[rows, first + 1])
+            value = torch.where(on, next_state, last)
+            for step in range(1, length):
+                inside = ((at < step) & (step < end))[:, None]
+                around = table[step, 0] * value + table[step, 1] * held
+                value = torch.where(inside, (around + table[step, 2] * normals[:, step]).float(), value)
+                means[:, step] = torch.where(inside, around.float(), means[:, step])
+                states[:, step + 1] = torch.where(inside, value, states[:, step + 1])
+            last.copy_(value)
 
         return call
 

@@ -5,11 +5,13 @@ import onnx
 import pytest
 
 from benchmarks import int8_draft as int8_draft_module
-from benchmarks import requests, run
+from benchmarks import published_head as published_head_module
+from benchmarks import report, requests, run
 from benchmarks.__main__ import main
 from benchmarks.int8_draft import int8_draft
 from benchmarks.limits import bandwidth, graph_work
 from benchmarks.observe import observe
+from benchmarks.published_head import published_head
 from benchmarks.report import write_report
 from benchmarks.requests import Request, forced_verdicts, labels_of
 from benchmarks.run import Results, write_json
@@ -90,6 +92,8 @@ def test_every_scenario_is_valid_and_has_a_baseline_and_the_target(name):
             "int8_draft is given without bundle",
         ),
         ('bundle = "digits-mar"', 'bundle = "digits-mar"\nforced_source = "a guess"', "forced_source says"),
+        ("options = {", 'beside = "targt"\noptions = {', "beside 'targt'"),
+        ('draft = "self" }', 'draft = "self" }\npublished_head = true', "published_head, which is for mode 'target'"),
         ("samples = 2", "samples = ", "TOML"),
     ],
 )
@@ -123,14 +127,14 @@ def test_a_request_may_end_after_its_first_ar_steps(digits_mar):
             return generate(labels, progress=tell, **named)
 
     assert request(Watched(), 1) is None
-    known = requests.schedule_of(digits_mar, request.options).known
+    known = requests.request_schedule(digits_mar, request.options).known
     assert told == [2 * known[1], 2 * known[2]]
 
 
 def test_forced_verdicts_have_the_acceptance_that_is_forced(digits_mar):
     labels = labels_of(digits_mar, 1, 10)
     asked = {"seed": 1, "mode": "exact", "draft": "self", "ar_steps": 4}
-    with forced_verdicts(Forced(acceptance=0.25, left=0.5)):
+    with forced_verdicts(Forced(acceptance=0.25, left=0.5, resumed=0.5)):
         forced = digits_mar.generate(labels, **asked)
 
     assert abs(forced.stats.acceptance_rate - 0.25) < 0.05
@@ -260,11 +264,78 @@ def test_torch_and_limits_get_the_bundle_without_the_int8_draft(tmp_path, monkey
     scenario = scenario.model_copy(update={"bundle": "digits", "int8_draft": "adapter"})
     run.run_scenario("test", scenario, out=tmp_path / "out.json", threads=1, argv=[])
 
-    drafted = str(tmp_path / "digits-adapter-int8")
+    drafted = str(tmp_path / "digits-adapter-int8_draft")
     assert "adapter-int8" in load_bundle(drafted).manifest.drafts
     of_torch = [job.bundle for job in asked if job.kind == "limits" or (job.variant and job.variant.engine == "torch")]
     assert of_torch == ["digits", "digits"]
     assert {job.bundle for job in asked} == {"digits", drafted}
+
+
+@pytest.mark.parametrize("bundle", ["digits", "digits-mar"])
+def test_a_head_as_published_draws_the_same_tokens_with_all_of_its_weights_in_a_step(bundle, tmp_path, capsys):
+    out = tmp_path / "published"
+
+    assert published_head_module.main([bundle, str(out)]) == 0
+    assert not published_head(bundle, out)
+
+    asked = {"labels": [3, 1], "seed": 5, "mode": "target"}
+    plain, published = (load(each, backend="onnxruntime", threads=1) for each in (bundle, out))
+    np.testing.assert_allclose(published.generate(**asked).tokens, plain.generate(**asked).tokens, atol=5e-3)
+    weights = {
+        name: {
+            prop.key: prop.value
+            for prop in onnx.load(
+                pipeline.bundle.folder / f"target.{name}.onnx", load_external_data=False
+            ).metadata_props
+        }[WEIGHTS_KEY]
+        for pipeline, name in ((plain, "denoise_step"), (plain, "modulation"))
+    }
+    of_step = onnx.load(out / "target.denoise_step.onnx", load_external_data=False)
+    inside = int({prop.key: prop.value for prop in of_step.metadata_props}[WEIGHTS_KEY])
+    assert inside > int(weights["denoise_step"]) + 0.8 * int(weights["modulation"])
+    assert published_head_module.main([str(out), str(out)]) == 2
+    assert "is the bundle itself" in capsys.readouterr().err
+
+
+def test_a_variant_with_a_published_head_gets_the_bundle_that_has_one(tmp_path, monkeypatch, scenario):
+    asked = []
+
+    def perform_none(job, threads):  # noqa: ARG001  # as it is called
+        asked.append(job)
+        return {"seconds": [1.0], "stats": {}, "left": 0.5}
+
+    monkeypatch.setattr(run, "WORK", tmp_path)
+    monkeypatch.setattr(run, "_perform", perform_none)
+    variants = [
+        variant.model_copy(update={"published_head": True}) if variant.name == "target" else variant
+        for variant in scenario.variants
+    ]
+    run.run_scenario(
+        "test", scenario.model_copy(update={"variants": tuple(variants)}), out=tmp_path / "out.json", threads=1, argv=[]
+    )
+
+    published = str(tmp_path / "digits-mar-published_head")
+    assert load_bundle(published).manifest.drafts == {}
+    assert {job.variant.name for job in asked if job.bundle == published} == {"target"}
+    predicted = [case.variant for job in asked if job.kind == "cost" for case in job.measured]
+    assert predicted == ["fewer", "exact, self"]
+
+
+def test_requests_by_turns_are_compared_in_pairs(tmp_path, scenario):
+    target, fewer = scenario.variants[:2]
+    fewer = fewer.model_copy(update={"beside": "target"})
+    scenario = scenario.model_copy(update={"variants": (target, fewer), "samples": 3})
+    results = Results(tmp_path / "test.json", "test", scenario, 1, machine={**MACHINE})
+
+    found = perform(Job(kind="time", scenario=scenario, bundle="digits-mar", threads=1, variant=fewer, batch=1))
+    row = results.add(fewer, 1, found)
+
+    assert len(found["seconds"]) == len(found["beside_seconds"]) == len(row["beside_ratios"]) == 3
+    assert row["beside_ratios"][0] == found["beside_seconds"][0] / found["seconds"][0]
+    results.cost = {"rows": []}
+    results.write()
+    write_report([tmp_path / "test.json"], tmp_path / "docs")
+    assert "| fewer | target | 1 |" in (tmp_path / "docs" / "benchmarks.md").read_text()
 
 
 def test_bandwidth_lies_between_what_was_measured():
@@ -316,6 +387,18 @@ MACHINE = {
     "command": "python -m benchmarks run test",
     "load_average": 0.0,
 }
+
+
+def test_an_ablation_begins_with_its_first_thing():
+    def row(name, batch, adds):
+        return {"variant": name, "batch": batch, "adds": adds, "p50_seconds": 1.0}
+
+    rows = [row("a", 1, "first"), row("b", 1, "second"), row("b", 2, "second"), row("c", 2, "third")]
+
+    (only,) = report._ablation(rows)
+    assert only.startswith("### Ablation, batch 1\n")
+    assert "| second | b |" in only
+    assert report._ablation([row("b", 2, "")]) == []
 
 
 def test_a_file_of_something_else_is_no_result(tmp_path, capsys):

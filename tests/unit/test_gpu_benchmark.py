@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu import measure, report
+from benchmarks.gpu.steps import measure_steps, timed_pipeline
 from benchmarks.gpu.timing import Clock, TimedDevice, summary
 from benchmarks.gpu.torch_device import TorchBackend, TorchDevice
 from specdec_rt import Pipeline, load
 from specdec_rt.backends.host import HostDevice
+from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
 from specdec_rt.bundle import load_bundle
+from specdec_rt.decode import redraft
 
 FOLDER = Path(report.__file__).parent
 ON_CPU = ["--device", "cpu", "--batches", "1", "--repeats", "2", "--warmup", "1", "--precisions", "fp32"]
@@ -39,6 +42,16 @@ def test_every_step_is_timed_on_the_runtime_and_on_pytorch(measured):
             assert times["repeats"] == 2
             assert 0 < times["least_ms"] <= times["median_ms"] <= times["p95_ms"]
         assert row["launch"]["least_ms"] <= row["call"]["p95_ms"]
+
+
+def test_rests_of_long_chains_are_timed_as_well(monkeypatch):
+    monkeypatch.setattr(redraft, "LEAST", 3)
+    pipeline, device = timed_pipeline(load_bundle("digits"), OnnxRuntimeBackend(threads=1))
+    clock = Clock(repeats=2, warmup=1)
+    rows = {row["step"]: row for row in measure_steps(pipeline, device, [2], clock)}
+    assert list(rows) == ["target", "draft", "verify", "redraft", "completion"]
+    assert rows["redraft"]["rows"] == rows["completion"]["rows"] == 2
+    assert rows["redraft"]["launch"]["repeats"] == 2
 
 
 def test_images_are_counted_in_every_mode(measured):
@@ -89,9 +102,11 @@ def test_an_error_stands_in_its_row(tmp_path, monkeypatch):
     assert [row["backend"] for row in rows] == ["onnxruntime"] * 4 + ["pytorch"]
 
 
+@pytest.mark.parametrize("least", [3, 24])
 @pytest.mark.parametrize("name", ["digits", "digits-mar"])
-def test_pytorch_does_the_same_work(name):
+def test_pytorch_does_the_same_work(name, least, monkeypatch):
     """Its tokens are those of the runtime's own backend, in lanes and padded rows as on a GPU."""
+    monkeypatch.setattr(redraft, "LEAST", least)
     options = {"mode": "exact", "draft_length": 3} | ({"ar_steps": 6} if name == "digits-mar" else {"prefill": 0.7})
     bundle = load_bundle(name)
     device = TorchDevice("cpu", batch_buckets=(1, 4), graphs=True)
