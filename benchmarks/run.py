@@ -98,11 +98,11 @@ def run_scenario(
     """Measure; progress goes to stderr. `only` keeps the variants whose name holds it."""
     plain = _bundle(scenario)
     drafted = plain if scenario.int8_draft is None else _derived("int8_draft", plain, scenario.int8_draft)
-    published = plain
-    if any(isinstance(variant, RuntimeVariant) and variant.published_head for variant in scenario.variants):
-        published = _derived("published_head", plain)
     results = Results(out, name, scenario, threads, machine_record(argv))
     cases = [(variant, batch) for variant, batch in scenario.cases() if only is None or only in variant.name]
+    published = plain
+    if any(isinstance(variant, RuntimeVariant) and variant.published_head for variant, _ in cases):
+        published = _derived("published_head", plain)
     told = _Told(len(cases) * scenario.repeats + 2)
 
     def job(kind: Any, **more: Any) -> Job:  # noqa: ANN401  # fields of a Job

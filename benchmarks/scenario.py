@@ -154,9 +154,9 @@ class Scenario(_Table):
         for variant in runtime:
             if variant.published_head and variant.options.get("mode") != "target":
                 raise ValueError(f"{variant.name!r} has published_head, which is for mode 'target'")
-            if variant.beside and variant.beside not in {
-                other.name for other in runtime if other.workers == variant.workers and not other.published_head
-            }:
+            kind = variant.workers, variant.published_head
+            like = {other.name for other in runtime if (other.workers, other.published_head) == kind}
+            if variant.beside and variant.beside not in like - {variant.name}:
                 raise ValueError(
                     f"{variant.name!r} runs beside {variant.beside!r}; expected a runtime variant with as many workers"
                 )

@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.gpu.timing import Clock, TimedDevice
 from specdec_rt import DecodeOptions, Pipeline
 from specdec_rt.bundle import Bundle
+from specdec_rt.decode import redraft
 from specdec_rt.decode.draft import ChainNoise
 from specdec_rt.decode.loop import Session
 from specdec_rt.engine import Backend
@@ -52,7 +53,7 @@ def measure_steps(
         for step in ("draft", "verify"):
             yield {**shared, "step": step, **stage.counts(stage.span), **_launch(both, step), **_call(both)}
         counts = {"rows": len(stage.rejected), "chain": stage.left}
-        if session.plan.grid is not None:  # else chains are too short for it
+        if session.plan.grid is not None and stage.left >= redraft.LEAST:  # else chains are too short for it
             again = clock.launches(device, stage.redraft, ["redraft"])
             yield {**shared, "step": "redraft", **counts, **_launch(again, "redraft"), **_call(again)}
         rest = clock.launches(device, stage.complete, ["completion"])

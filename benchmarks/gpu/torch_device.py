@@ -154,8 +154,8 @@ class TorchDevice:
             value = torch.where(on, next_state, last)
             for step in range(1, length):
                 inside = ((at < step) & (step < end))[:, None]
-                around = table[step, 0] * value + table[step, 1] * held
-                value = torch.where(inside, (around + table[step, 2] * normals[:, step]).float(), value)
+                around = table[step, :1] * value + table[step, 1:2] * held
+                value = torch.where(inside, (around + table[step, 2:3] * normals[:, step]).float(), value)
                 means[:, step] = torch.where(inside, around.float(), means[:, step])
                 states[:, step + 1] = torch.where(inside, value, states[:, step + 1])
             last.copy_(value)

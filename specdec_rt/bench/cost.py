@@ -128,7 +128,7 @@ class Prediction:
 
     seconds: float
     launches: float
-    """AR steps of the target alone, and rounds"""
+    """AR steps of the target alone, rounds, and rests that are drafted again"""
     tokens: float
     """that launches made or drafted"""
     parts: dict[str, float]

@@ -132,7 +132,8 @@ class Predictor:
     def _counted(self, options: DecodeOptions, images: int, stats: Stats) -> Prediction:
         """Launches and tokens of a request that was made."""
         plan = self.pipeline.session(options).plan
-        work = Workload(plan=plan, batch=images, chain=1, lanes=self.pipeline.backend.device.lanes)
+        chain = compile_chain(self.pipeline.bundle.manifest.chain).length
+        work = Workload(plan=plan, batch=images, chain=chain, lanes=self.pipeline.backend.device.lanes)
         free: Costs = _Free()
         return simulate(work, Acceptance(stats.acceptance_rate or 0.0), free, HostCost())
 

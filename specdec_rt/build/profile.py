@@ -234,15 +234,17 @@ def _check_symbol(recipe: Recipe, keys: tuple[str, ...], symbol: str, span: _Ran
     least, _, most = derived
     if least == most:
         _check_fixed(recipe, keys, symbol, most, span)
-    # A chain is embedded in one call; a cache holds at least the image's tokens.
-    needed = {"n": most, "S": least}.get(symbol)
-    if needed is not None and not span[0] <= needed <= span[2]:
-        kind = "min" if span[0] > needed else "max"
-        raise recipe.error(
-            (*keys, kind),
-            f"{'.'.join(keys)}: size {symbol} runs from {span[0]} to {span[2]}, which leaves out {needed}, the size "
-            "that this bundle needs",
-        )
+    # A chain is embedded in one call, but judged from any step on; a cache holds at least the image's tokens.
+    judged = (least, most)
+    needed = {"n": (most,) if least == 1 else judged, "n_plus_1": judged, "S": (least,)}.get(symbol, ())
+    for size in needed:
+        if not span[0] <= size <= span[2]:
+            kind = "min" if span[0] > size else "max"
+            raise recipe.error(
+                (*keys, kind),
+                f"{'.'.join(keys)}: size {symbol} runs from {span[0]} to {span[2]}, which leaves out {size}, a size "
+                "that this bundle needs",
+            )
 
 
 def _shown(sizes: tuple[int | str, ...]) -> str:

@@ -188,22 +188,32 @@ class Head:
                     calls.append(self._hold(buffers, step, end))
         return ChainRun(buffers, parts, calls, whole)
 
-    def density(self, branches: int, path: Array, mean: Array, drawn: ChainRun | None = None) -> list[DensityPart]:
-        """What evaluates the means `[R, n, D]` of the transitions out of the states of `path [R, n + 1, D]`.
+    def density(self, branches: int, path: Array, mean: Array, modulation: Array | None = None) -> list[DensityPart]:
+        """What evaluates the means `[R, L, D]` of the last L transitions out of the states of `path [R, L + 1, D]`.
 
         All rows at once, or several times some where a batch is so large that its activations might not fit.
-        Where `drawn` made these paths with this head, what modulation it leaves is used.
+        Where there is `modulation [L or more, R, G, M]` of these transitions already, it is used for all at once.
         """
         size = self.paths_per_call(branches)
-        if drawn is not None and drawn.whole and len(path) <= size:
-            return [self._part(branches, path, mean, slice(0, len(path)), drawn.buffers.modulation)]
+        coefficients = self._tables["coefficients"]
+        if mean.shape[1] < self.chain.length:
+            coefficients = self.device.zeros((mean.shape[1], 4), np.float32)
+            coefficients[:] = self.chain.coefficients[-len(coefficients) :]
+            self.device.upload(coefficients)()
+        if modulation is not None and len(path) <= size:
+            return [self._part(branches, path, mean, coefficients, slice(0, len(path)), modulation)]
         # So many rows at a time that each part begins aligned, whatever a row's size, or else whatever is usual.
         size -= size % next(unit for unit in (64, 16, 4, 1) if unit <= size)
-        return [self._part(branches, path, mean, slice(i, min(i + size, len(path)))) for i in range(0, len(path), size)]
+        parts = (slice(i, min(i + size, len(path))) for i in range(0, len(path), size))
+        return [self._part(branches, path, mean, coefficients, part) for part in parts]
 
     def paths_per_call(self, branches: int) -> int:
         """How many paths are judged at once, and no more of their ends: engines are built for so many."""
         return paths_per_call(branches, self._modulation_width, self.chain.length)
+
+    def places(self, rows: int, steps: int) -> int:
+        """For how many of so many steps of R chains modulation is made at once."""
+        return modulation_places(rows, self._modulation_width, steps)
 
     # --- whole steps --------------------------------------------------------------------------------
 
@@ -301,7 +311,7 @@ class Head:
         width = self._modulation_width
         size = rows * branches * width
         if places is None:
-            places = modulation_places(rows, width, self.chain.length)
+            places = self.places(rows, self.chain.length)
         if len(self._arenas[taken]) < places * size:
             self._arenas[taken] = self.device.zeros((places * size,), np.float32, staged=False)
         return self._arenas[taken][: places * size].reshape(places, rows, branches, width)
@@ -335,10 +345,6 @@ class Head:
         """A call of `denoise_step`; `coefficients` are the chain's."""
         return self._denoise_step.bind({**inputs, "coefficients": self._tables["coefficients"]}, outputs)
 
-    def judging(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundCall:
-        """A call of `log_density`; `coefficients` are the chain's where they are not given."""
-        return self._log_density.bind({"coefficients": self._tables["coefficients"], **inputs}, outputs)
-
     def _make_means(self, branches: int, rows: int) -> tuple[Array, Array, list[DensityPart]]:
         n, dim = self.chain.length, self.token_dim
         path = self.device.zeros((rows, n + 1, dim), np.float32)
@@ -346,21 +352,27 @@ class Head:
         return path, mean, self.density(branches, path, mean)
 
     def _part(
-        self, branches: int, path: Array, mean: Array, rows: slice, modulation: Array | None = None
+        self,
+        branches: int,
+        path: Array,
+        mean: Array,
+        coefficients: Array,
+        rows: slice,
+        modulation: Array | None = None,
     ) -> DensityPart:
-        device, count, n = self.device, rows.stop - rows.start, self.chain.length
+        device, count, length = self.device, rows.stop - rows.start, mean.shape[1]
         guidance = device.zeros((branches, count), np.float32)
         std = {"std": device.zeros(mean[rows].shape, np.float32, staged=False)} if self.learned else {}
         z, calls = None, []
         if modulation is None:
             z = device.zeros((branches, count, self.z_dim), np.float32)
-            modulation = self.room(branches, count, n)
+            modulation = self.room(branches, count, length)
             step, make = self.modulate(z, modulation)
-            step[:] = np.repeat(np.arange(n), count)
+            step[:] = np.repeat(np.arange(self.chain.length)[-length:], count)
             device.upload(step)()
             calls.append(make)
-        inputs = {"path": path[rows], "modulation": modulation, "guidance": guidance}
-        calls.append(self.judging(inputs, {"mean": mean[rows], **std}))
+        inputs = {"path": path[rows], "modulation": modulation, "guidance": guidance, "coefficients": coefficients}
+        calls.append(self._log_density.bind(inputs, {"mean": mean[rows], **std}))
         return DensityPart(rows, z, guidance, modulation, calls)
 
 

@@ -35,6 +35,8 @@ APART = 1.1
 """The same where images would come to end at different times: how long the slowest takes is known but roughly."""
 TRIES = 2
 """Rounds after which the cost of a length counts as known; one more comes before them, in which buffers are made."""
+COLD = 32
+"""Rounds of the target alone that come before all others, up to a third of an image: a new process is slow at first."""
 POOR = 1.3
 """How many times the best's time to the end shows at once that a length is poor."""
 REFRESH = 0.003
@@ -63,6 +65,8 @@ class Pace:
         self._costs = RoundCosts(uneven=uneven)
         self._accepted, self._judged = PRIOR
         self._full = 0
+        self._alone = min(COLD, len(self._sizes) // 3)
+        """rounds of the target alone that are due: the measure of everything else"""
         self._kept = 0
         """rounds that the last choice still stands for"""
         self._round = _Round(Cell(), 0, 1.0)
@@ -71,6 +75,8 @@ class Pace:
         """A batch begins in so many lanes. There lengths are tried that are new; fewer lanes do not last."""
         self._full = lane_size(lanes)
         self._kept = 0
+        if self._round.length:  # where speculation is chosen, what it is compared with would never be seen again
+            self._alone = max(self._alone, TRIES)
 
     def choose(self, step: IntArray, lanes: int, waiting: int, *, behind: bool) -> int:
         """The length of the next round, which `note` must follow.
@@ -85,7 +91,8 @@ class Pace:
         if self._kept and cell is before.cell and before.length <= longest:
             self._kept -= 1
             self._round = _Round(cell, before.length, scale)
-        elif cell.calls.get(0, 0) <= TRIES:  # the measure of everything else
+        elif self._alone or cell.calls.get(0, 0) <= TRIES:
+            self._alone = max(self._alone - 1, 0)
             self._round = _Round(cell, 0, scale)
         else:
             lengths = [length for length in self.lengths if length <= longest]

@@ -177,7 +177,7 @@ def _grid(evaluate: BoolArray | None, chain: Chain) -> BoolArray | None:
     """`Plan.grid`: as the draft evaluates chains, where it leaves steps out."""
     if chain.length <= redraft.LEAST:
         return None
-    return _few_steps(chain) if evaluate is None else evaluate
+    return _few_steps(chain) if evaluate is None or evaluate.all() else evaluate
 
 
 def _few_steps(chain: Chain) -> BoolArray:

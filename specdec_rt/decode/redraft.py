@@ -34,10 +34,12 @@ class Redraft:
     Steps are numbered from the first of the L.
     """
 
-    z_row: Array
-    """`[G R]` rows of the backbone's z; of no use where modulation is taken from the round"""
     taken: Array | None
-    """`[L R]` where the round has the modulation of each step and row; None: it is made anew"""
+    """`[L R]` where the round has the modulation of each step and row; None: modulation is made of z"""
+    z_rows: list[tuple[slice, Array]]
+    """of which rows, and `[G r]` where their z lies: for the draft, and for each part that is judged"""
+    made_steps: list[tuple[slice, Array]]
+    """of which evaluations, and `[c R]` what their modulation is made of"""
     guidance: Array
     """`[G, R]`"""
     state: Array
@@ -49,7 +51,7 @@ class Redraft:
     step: Array
     """`[k, R]` the same steps, as the whole chain numbers them"""
     modulation_row: Array
-    """`[k, R]` where their modulation lies"""
+    """`[k, R]` where their modulation lies, if it was taken"""
     noise_row: Array
     """`[k, R]` where their noise lies"""
     path: Array
@@ -72,6 +74,8 @@ class Redraft:
         self.windows[:] = evaluations(begin - first, grid[first:])
         at = np.minimum(self.windows[:-1], length - 1)  # rows that are done compute what nobody reads
         self.step[:] = first + at
+        for part, steps in self.made_steps:
+            steps[:] = self.step[part].ravel()
         self.modulation_row[:] = at * rows + np.arange(rows)
         self.noise_row[:] = np.arange(rows) * length + at
 
@@ -101,8 +105,7 @@ def make_redraft(
     Modulation is taken from `source [n, R', G, M]`, that of a round, or made of conditions out of `z [M, Z]`.
     """
     dim, chain = head.token_dim, head.chain
-    first = chain.length - length
-    calls = 1 + int(grid[first:].sum())
+    calls = 1 + int(grid[-length:].sum())
 
     def zeros(*shape: int) -> Array:
         return device.zeros(shape, np.float32)
@@ -113,50 +116,63 @@ def make_redraft(
     next_state, first_mean, step_noise = (zeros(rows, dim) for _ in range(3))
     windows, *indices = (device.pitched((size, rows), np.int64) for size in (calls + 1, calls, calls, calls))
     step, modulation_row, noise_row = indices
-    z_row = device.zeros((branches * rows,), np.int64)
-    coefficients = zeros(length, 4)
-    coefficients[:] = chain.coefficients[first:]
     factors = device.zeros((length, 5), np.float64)
-    factors[:] = held_factors(chain)[first:]
-    device.upload(coefficients, factors)()
+    factors[:] = held_factors(chain)[-length:]
+    device.upload(factors)()
 
-    modulation = head.room(branches, rows, length, taken=source is not None)
-    staged, taken, conditioned = [guidance, state, path, noise, windows, *indices], None, []
+    z_rows: list[tuple[slice, Array]] = []
+    drawing: list[BoundCall] = []
+
+    def conditions_of(part: slice, conditions: Array) -> BoundCall:
+        """Gathers `conditions [G, r, Z]` of some rows."""
+        at = device.zeros((branches * conditions.shape[1],), np.int64)
+        z_rows.append((part, at))
+        return device.gather(conditions.reshape(len(at), -1), z, at)
+
+    modulations: list[tuple[list[BoundCall], Array]] = []  # of each evaluation: what makes it, and where it lies
+    made_steps: list[tuple[slice, Array]] = []
+    whole = taken = None
     if source is None:
         conditions = zeros(branches, rows, head.z_dim)
-        modulated, make = head.modulate(conditions, modulation)
-        modulated[:] = np.repeat(np.arange(first, chain.length), rows)
-        device.upload(modulated)()
-        staged.append(z_row)
-        conditioned = [device.gather(conditions.reshape(len(z_row), -1), z, z_row), make]
+        drawing.append(conditions_of(slice(0, rows), conditions))
+        modulations, made_steps = _made_in_time(head, conditions, calls)
     else:
+        # As much room as the round's own: one size for whatever rows and steps are taken of it.
+        room = head.room(branches, source.shape[1], chain.length, taken=True)
+        whole = room.reshape(-1, branches, room.shape[-1])[: length * rows].reshape(length, rows, branches, -1)
         taken = device.zeros((length * rows,), np.int64)
-        staged.append(taken)
         of_round = source.reshape(source.shape[0] * source.shape[1], -1)
-        conditioned = [device.gather(modulation.reshape(len(taken), -1), of_round, taken)]
-    of_step = zeros(rows, branches, modulation.shape[-1])
-    recorded = [device.upload(*staged), *conditioned]
-    for each in range(calls):
+        drawing.append(device.gather(whole.reshape(len(taken), -1), of_round, taken))
+        of_step = zeros(rows, branches, whole.shape[-1])
+        for each in range(calls):
+            of_rows = device.gather(of_step.reshape(rows, -1), whole.reshape(len(taken), -1), modulation_row[each])
+            modulations.append(([of_rows], of_step))
+    for each, (made, modulation) in enumerate(modulations):
         inputs = {
             "state": state,
-            "modulation": of_step,
+            "modulation": modulation,
             "guidance": guidance,
             "step": step[each],
             "noise": step_noise,
         }
-        recorded += [
-            device.gather(of_step.reshape(rows, -1), modulation.reshape(length * rows, -1), modulation_row[each]),
+        window = windows[each], windows[each + 1]
+        drawing += [
+            *made,
             device.gather(step_noise, noise.reshape(-1, dim), noise_row[each]),
             head.transition(inputs, {"next_state": next_state, "mean": first_mean}),
-            device.recur_rows(
-                path, mean, noise, state, (next_state, first_mean), (windows[each], windows[each + 1]), factors
-            ),
+            device.recur_rows(path, mean, noise, state, (next_state, first_mean), window, factors),
         ]
-    judged = {"path": path, "modulation": modulation, "guidance": guidance, "coefficients": coefficients}
-    recorded += [head.judging(judged, {"mean": target_mean}), device.download(path, mean, target_mean)]
+    for part in head.density(branches, path, target_mean, whole):
+        if part.z is not None:
+            drawing.append(conditions_of(part.rows, part.z))
+        drawing += [device.copy(part.guidance, guidance[:, part.rows]), *part.calls]
+    staged = [guidance, state, path, noise, windows, *indices, *(at for _, at in (*z_rows, *made_steps))]
+    if taken is not None:
+        staged.append(taken)
     return Redraft(
-        z_row=z_row,
         taken=taken,
+        z_rows=z_rows,
+        made_steps=made_steps,
         guidance=guidance,
         state=state,
         noise=noise,
@@ -167,8 +183,27 @@ def make_redraft(
         path=path,
         mean=mean,
         target_mean=target_mean,
-        launch=device.record(recorded),
+        launch=device.record([device.upload(*staged), *drawing, device.download(path, mean, target_mean)]),
     )
+
+
+def _made_in_time(
+    head: Head, conditions: Array, calls: int
+) -> tuple[list[tuple[list[BoundCall], Array]], list[tuple[slice, Array]]]:
+    """Of each of so many evaluations what makes its modulation, and that `[R, G, M]`; made for several at once.
+
+    Then which evaluations are made together, and the steps `[c R]` that each row is at in them.
+    """
+    branches, rows, _ = conditions.shape
+    room = head.room(branches, rows, head.places(rows, calls))
+    found: list[tuple[list[BoundCall], Array]] = []
+    steps: list[tuple[slice, Array]] = []
+    for first in range(0, calls, len(room)):
+        made = room[: min(len(room), calls - first)]
+        at, make = head.modulate(conditions, made)
+        found += [([make] if place == 0 else [], made[place]) for place in range(len(made))]
+        steps.append((slice(first, first + len(made)), at))
+    return found, steps
 
 
 def held_factors(chain: Chain) -> FloatArray:
@@ -219,55 +254,35 @@ class Redrafts:
         """
         n, dim = self._head.chain.length, self._head.token_dim
         length = self._device.padded(n - int(begin.min()), n)
-        path, mean = np.zeros((len(rows), n + 1, dim), np.float32), np.zeros((len(rows), n, dim), np.float32)
-        target_mean = mean.copy()
-        size = self._head.paths_per_call(len(guidance))
-        for part in (slice(i, i + size) for i in range(0, len(rows), size)):
-            count = self._device.padded(len(rows[part]), min(of.padded, size))
-            some = rows[part], guidance[:, part], start[part], noise[part], begin[part]
-            drafted = self._one_call(of, count, length, *some)
-            for to, made in zip((path, mean, target_mean), drafted, strict=True):
-                to[part, n - length :] = made
-        steps = np.arange(n)
-        before = steps < begin[:, None]
-        mean[before], target_mean[before] = 0, 0
-        calls = 1 + (self._grid & (steps > begin[:, None])).sum(axis=1)
-        return Proposal(ChainNoise(start, noise), Trajectory(path, mean)), target_mean, calls
-
-    def _one_call(
-        self,
-        of: Round,
-        count: int,
-        length: int,
-        rows: IntArray,
-        guidance: FloatArray,
-        start: FloatArray,
-        noise: FloatArray,
-        begin: IntArray,
-    ) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """K rows among `count` padded ones: path `[K, length + 1, D]`, means of draft and target `[K, length, D]`."""
+        count = self._device.padded(len(rows), of.padded)
         here = np.minimum(np.arange(count), len(rows) - 1)
         step = self._step(of, len(guidance), count, length)
-        if step.taken is None:
-            step.z_row.reshape(len(guidance), -1)[:] = of.z_rows[:, rows[here]]
-        else:
-            last = np.arange(noise.shape[1])[-length:, None]
-            step.taken.reshape(length, -1)[:] = last * of.padded + of.where[rows[here]]
+        steps = np.arange(n)
+        if step.taken is not None:
+            step.taken.reshape(length, -1)[:] = steps[-length:, None] * of.padded + of.where[rows[here]]
+        for part, at in step.z_rows:
+            at.reshape(len(guidance), -1)[:] = of.z_rows[:, rows[here[part]]]
         step.guidance[:] = guidance[:, here]
         step.fill(start[here], noise[here], begin[here], self._grid)
         step.launch()
         self._device.wait()
-        path, mean, target_mean = (array[: len(rows)] for array in (step.path, step.mean, step.target_mean))
+        path, mean = np.zeros((len(rows), n + 1, dim), np.float32), np.zeros((len(rows), n, dim), np.float32)
+        target_mean = mean.copy()
+        for to, made in zip((path, mean, target_mean), (step.path, step.mean, step.target_mean), strict=True):
+            to[:, n - length :] = made[: len(rows)]
+        before = steps < begin[:, None]
+        mean[before], target_mean[before] = 0, 0
         require_finite(path[:, -1], "denoise_step")
         require_finite(target_mean, "log_density")
-        return path, mean, target_mean
+        calls = 1 + (self._grid & (steps > begin[:, None])).sum(axis=1)
+        return Proposal(ChainNoise(start, noise), Trajectory(path, mean)), target_mean, calls
 
     def _step(self, of: Round, branches: int, count: int, length: int) -> Redraft:
         """Recorded when it is first needed; of what has not been needed for long the recordings go."""
         source = of.modulation
-        # What it reads are arrays of the round's own recording: another one's have other addresses.
-        at = None if source is None else (source.ctypes.data, source.shape)
-        key = (of.ask, at, branches, count, length)
+        # It reads arrays of the round's own recording: another one's have other addresses.
+        reads = of.ask if source is None else (source.ctypes.data, source.shape)
+        key = (reads, branches, count, length)
         if key not in self._recorded:
             self._recorded[key] = make_redraft(
                 self._device, self._head, of.ask.z, source, branches, count, length, self._grid

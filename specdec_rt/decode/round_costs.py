@@ -89,8 +89,8 @@ class RoundCosts:
         there = self._nearest(key, lambda cell: len(cell.completions) > 0)
         if there is None:
             return COMPLETION * alone
-        # It is less than a step of the target alone. What takes longer is not decoding, but a buffer that is made,
-        # a step that is captured, or another process.
+        # It is hardly more than a step of the target alone. What takes longer is not decoding, but a buffer that is
+        # made, a step that is captured, or another process.
         shares = [min(each / there.seconds[0], 1.0) for each in there.completions]
         return alone * sum(shares) / len(shares)
 

@@ -1,8 +1,9 @@
-"""The four steps of decoding on static buffers: each is launched at once, with nothing for the host in between.
+"""The steps of decoding on static buffers: each is launched at once, with nothing for the host in between.
 
 The target's step makes the tokens of one AR step. A round launches the draft block (γ times backbone and
-chain, each fed with the tokens before it) and the verification; a rejection launches the completion. What
-is staged for a launch, and what it leaves, lies in arrays that live as long as the step's shape is in use.
+chain, each fed with the tokens before it) and the verification; a rejection launches the completion, and before it
+where much is left of the chain one or more redrafts. What is staged for a launch, and what it leaves, lies in arrays
+that live as long as the step's shape is in use.
 """
 
 from dataclasses import dataclass
@@ -318,8 +319,9 @@ class Steps:
             return _Verify([z_row], [rows], np.zeros(0), None, run, device.record([*asking, *moved]))
         mean = device.zeros(draft.mean.shape, np.float32)
         drawn = draft.runs[0] if self.draft is None else None
+        made = drawn.buffers.modulation if drawn is not None and drawn.whole else None
         z_rows, z_parts, judging = [], [], []
-        parts = target.head.density(branches, draft.path, mean, drawn)
+        parts = target.head.density(branches, draft.path, mean, made)
         for part in parts:
             if part.z is not None:
                 z_row = device.zeros((part.guidance.size,), np.int64)

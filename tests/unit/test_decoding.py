@@ -89,7 +89,7 @@ def test_a_head_judges_on_the_modulation_that_it_drafted_with(pipeline):
     assert run.whole
 
     path, mean = np.ascontiguousarray(buffers.path.swapaxes(0, 1)), np.zeros((rows, n, dim), np.float32)
-    (part,) = head.density(2, path, mean, run)
+    (part,) = head.density(2, path, mean, run.buffers.modulation)
     assert (part.z, len(part.calls)) == (None, 1)
     part.guidance[:] = guidance
     part.calls[0]()

@@ -98,6 +98,22 @@ def many():
     return NoiseSource(3).normal(image, token, Purpose.CHAIN, 2, 5).astype(np.float64)
 
 
+def test_attempts_have_draws_of_their_own():
+    source = NoiseSource(3)
+    drawn = [
+        draw
+        for attempt in (0, 1, 2)
+        for draw in (
+            source.normal(IMAGE, TOKEN, Purpose.COMPLETION, 2, 8, attempt).ravel(),
+            source.uniform(IMAGE, TOKEN, Purpose.COMPLETION, 16, attempt).ravel(),
+        )
+    ]
+    np.testing.assert_array_equal(drawn[0], source.normal(IMAGE, TOKEN, Purpose.COMPLETION, 2, 8).ravel())
+    np.testing.assert_array_equal(drawn[1], source.uniform(IMAGE, TOKEN, Purpose.COMPLETION, 16).ravel())
+    assert np.abs(np.corrcoef(drawn) - np.eye(6)).max() < 0.5
+    assert len({each.tobytes() for each in drawn}) == 6
+
+
 def test_normals_are_standard(many):
     values = many.ravel()
     assert abs(values.mean()) < 4 / np.sqrt(values.size)

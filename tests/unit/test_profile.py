@@ -252,7 +252,7 @@ def test_inputs_may_repeat_what_another_says(read):
             "backbone",
             "[profiles.backbone.key_0]\nmin = [1, 6, 1, 32]\nopt = [1, 6, 9, 32]\nmax = [1, 6, 48, 32]",
             5,
-            "size S runs from 1 to 48, which leaves out 49, the size that this bundle needs",
+            "size S runs from 1 to 48, which leaves out 49, a size that this bundle needs",
         ),
         (
             "time_embedding",
@@ -296,6 +296,17 @@ def test_a_chain_of_another_length(tmp_path):
     edit_manifest(folder, "chain", "steps", value=50)
     manifest = load_bundle(folder).manifest
     assert ranges(manifest, manifest.target, GraphName.TIME_EMBEDDING, recipe_of())["n"] == (1, 48, 48)
+
+
+def test_ends_of_a_long_chain_stay_within_a_recipes_reach(tmp_path, read):
+    folder = copy_bundle(tmp_path / "copy")
+    edit_manifest(folder, "chain", "steps", value=50)
+    manifest = load_bundle(folder).manifest
+    text = "[profiles.log_density.coefficients]\nmin = [{0}, 4]\nopt = [48, 4]\nmax = [48, 4]"
+    asked = manifest, manifest.target, GraphName.LOG_DENSITY
+    assert graph_profile(*asked, read(text.format(redraft.LEAST)))["coefficients"].min == (redraft.LEAST, 4)
+    with pytest.raises(RecipeError, match=r"size n runs from 48 to 48, which leaves out 24, a size"):
+        graph_profile(*asked, read(text.format(48)))
 
 
 # --- a builder's opinion -----------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from bundles import copy_bundle, edit_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec_rt import load
+from specdec_rt import DecodeOptions, load
 from specdec_rt.decode import chain, plan, redraft
-from specdec_rt.decode.redraft import Redrafts, evaluations, held_factors
+from specdec_rt.decode.redraft import evaluations, held_factors, make_redraft
 from specdec_rt.schedule import ChainSpec, compile_chain
 
 LABELS = np.arange(12) % 10
@@ -82,21 +83,18 @@ def test_an_image_is_the_same_alone_and_in_a_batch(pipeline, options):
 
 
 @pytest.mark.usefixtures("short")
-def test_rows_that_do_not_fit_one_call_take_several(pipeline, monkeypatch):
+def test_what_does_not_fit_one_call_takes_several(pipeline, monkeypatch):
     asked = {"seed": 3, "mode": "exact", "draft": "self", "draft_steps": 5}
     together = pipeline.generate(LABELS, **asked)
-    counts, one_call = [], Redrafts._one_call
     monkeypatch.setattr(chain.Head, "paths_per_call", lambda *_: 2)
-
-    def counted(self, of, count, length, rows, *rest):
-        counts.append(len(rows))
-        assert of.modulation is None  # each part's was made over the other's
-        return one_call(self, of, count, length, rows, *rest)
-
-    monkeypatch.setattr(Redrafts, "_one_call", counted)
+    monkeypatch.setattr(chain.Head, "places", lambda *_: 3)
+    made = []
+    monkeypatch.setattr(redraft, "make_redraft", lambda *given: made.append(make_redraft(*given)) or made[-1])
     apart = load(pipeline.bundle.folder, backend="onnxruntime").generate(LABELS, **asked)
 
-    assert set(counts) == {1, 2}
+    assert all(each.taken is None for each in made)  # there is no modulation of the whole round
+    assert max(len(each.z_rows) for each in made) > 2
+    assert max(len(each.made_steps) for each in made) > 1
     assert largest_difference(apart.tokens, together.tokens) <= CLOSE
 
 
@@ -110,7 +108,27 @@ def test_it_saves_sequential_head_calls(pipeline, monkeypatch):
     assert drafted.sequential_head_calls < 0.9 * stepwise.sequential_head_calls
 
 
+@pytest.mark.parametrize("options", [{"draft": "self"}, {"draft": "small", "draft_length": 2}])
+def test_a_long_chain_as_it_is(tmp_path, monkeypatch, options):
+    """Nothing is bent here: the shipped pair on a chain of 60 steps."""
+    folder = copy_bundle(tmp_path / "long")
+    edit_manifest(folder, "chain", "steps", value=60)
+    long = load(folder, backend="onnxruntime")
+    asked = {"seed": 3, "mode": "exact", **options}
+
+    found = long.generate(LABELS[:4], **asked)
+    alone = long.generate(LABELS[2:3], indices=[2], **asked)
+    monkeypatch.setattr(redraft, "LEAST", 1000)
+    stepwise = long.generate(LABELS[:4], **asked)
+
+    assert largest_difference(alone.tokens[0], found.tokens[2]) <= CLOSE
+    evaluate = long.session(DecodeOptions(mode="exact", **options)).plan.evaluate
+    of_draft = compile_chain(long.bundle.manifest.chain).length if evaluate is None else evaluate.sum()
+    rests = [made.stats.sequential_head_calls - made.stats.drafted * of_draft for made in (found, stepwise)]
+    assert rests[0] < 0.8 * rests[1]
+
+
 def test_a_short_chain_has_no_rest_that_is_worth_it(pipeline):
-    asked = pipeline.session(plan.DecodeOptions(mode="exact"))
+    asked = pipeline.session(DecodeOptions(mode="exact"))
 
     assert asked.plan.grid is None

@@ -11,10 +11,12 @@ from fake_cuda import FakeBackend, FakeCuda
 from specdec_rt import BackendError, DecodeOptions, Pipeline, load
 from specdec_rt.backends.cuda import CudaDevice
 from specdec_rt.bundle import load_bundle
-from specdec_rt.decode import redraft
+from specdec_rt.decode import chain, redraft
 
 CLOSE = 2e-4
 """Rounding between batch shapes may move a token by this much."""
+MANY_CLOSE = 5e-4
+"""The same of more images, which round in more ways."""
 CASES = {
     "target": {"mode": "target"},
     "exact": {"mode": "exact", "draft_length": 3},
@@ -65,6 +67,28 @@ def test_rests_of_chains_that_are_drafted_again_are_the_hosts(host, gpu, name, o
     expected, found = (pipeline.generate([3, 1, 4], **asked) for pipeline in (host[name], gpu[name]))
     assert found.stats.sequential_head_calls == expected.stats.sequential_head_calls
     assert np.abs(found.tokens - expected.tokens).max() <= CLOSE
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-mar"])
+def test_rests_whose_modulation_does_not_fit_are_the_hosts(host, cuda, name, monkeypatch):
+    monkeypatch.setattr(redraft, "LEAST", 3)
+    asked = {"seed": 8, "mode": "exact", "draft": "self", "draft_steps": 5}
+    asked |= {"ar_steps": 4} if name == "digits-mar" else {}
+    expected = host[name].generate(np.arange(8), **asked)
+    monkeypatch.setattr(chain.Head, "paths_per_call", lambda *_: 4)
+    monkeypatch.setattr(chain.Head, "places", lambda *_: 3)
+    found = Pipeline(load_bundle(name), FakeBackend(cuda.device)).generate(np.arange(8), **asked)
+    assert np.abs(found.tokens - expected.tokens).max() <= MANY_CLOSE
+
+
+def test_a_pipeline_whose_rounds_grow_and_shrink_is_the_hosts(host, cuda, monkeypatch):
+    """Modulation is moved to more room; what was recorded before keeps the room that it had."""
+    monkeypatch.setattr(redraft, "LEAST", 3)
+    pipeline = Pipeline(load_bundle("digits"), FakeBackend(cuda.device))
+    for images in (1, 8, 1, 4):
+        asked = {"labels": np.arange(images), "seed": 8, "mode": "exact", "draft": "self", "draft_steps": 5}
+        found, expected = (each.generate(**asked).tokens for each in (pipeline, host["digits"]))
+        assert np.abs(found - expected).max() <= MANY_CLOSE
 
 
 def test_caches_of_an_engine_that_updates_nothing_in_place(host, cuda):
