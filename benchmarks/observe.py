@@ -1,20 +1,23 @@
 """Acceptance by position: every verdict of some requests, with the AR step and the place in the round it belongs to."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
-from benchmarks.requests import Request, request_schedule
+from benchmarks.requests import Request
 from specdec_rt import Pipeline
 from specdec_rt import pipeline as pipeline_module
-from specdec_rt.decode import loop, verify
+from specdec_rt.decode import verify
+from specdec_rt.decode.chain import Trajectory
+from specdec_rt.decode.draft import Proposal
+from specdec_rt.decode.loop import Decoder
 from specdec_rt.decode.verify import ExactJudgement, PaperJudgement
-from specdec_rt.noise import NoiseSource, Purpose
+from specdec_rt.families.span import Span
 from specdec_rt.types import FloatArray, IntArray
 
 __all__ = ["Observed", "observe"]
@@ -34,7 +37,7 @@ class Observed:
     """whether it was accepted, of every rest of a chain that was drafted again"""
 
     def count(self, image: IntArray, step: IntArray, judgement: ExactJudgement | PaperJudgement) -> None:
-        """A round: rows `[R]` of images at AR steps."""
+        """A round's rows `[R]`: whose they are, and their AR steps."""
         accepted = judgement.accepted
         for one in np.unique(image):
             rows = image == one
@@ -70,45 +73,23 @@ class Observed:
 def observe(pipeline: Pipeline, request: Request, *, seed: int, requests: int) -> Observed:
     """The verdicts of some requests."""
     observed = Observed()
-    known = request_schedule(pipeline, request.options).known
     for each in range(requests):
-        with _recorded(observed, known):
+        with _recorded(observed):
             request(pipeline, seed + each)
     return observed
 
 
 @contextmanager
-def _recorded(observed: Observed, known: IntArray) -> Iterator[None]:
-    """Within it, the draws that decide on rows tell whose rows they are, and the judges what became of them."""
-    rank: dict[int, IntArray] = {}
-    last: list[tuple[IntArray, IntArray]] = []
+def _recorded(observed: Observed) -> Iterator[None]:
+    """Within it, decoders tell what became of the rows that they judged."""
 
-    class Draws(NoiseSource):
-        """Notes the order of each image's places, and the rows that are judged next."""
-
-        def uniform(
-            self, image: IntArray, token: IntArray, purpose: Purpose, count: int, attempt: int = 0
-        ) -> FloatArray:
-            drawn = super().uniform(image, token, purpose, count, attempt)
-            if purpose is Purpose.ORDER:
-                ranks = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1)
-                rank.update(zip(image.tolist(), ranks, strict=True))
-            if purpose is Purpose.ACCEPTANCE and not attempt:
-                last[:] = [(image, token)]
-            return drawn
-
-    def noted(judge: Callable[..., Any]) -> Callable[..., Any]:
-        def judged(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401  # passed on
-            judgement = judge(*arguments, **named)
-            ((image, place),) = last
-            ranks = [
-                int(rank[one][at]) if one in rank else at
-                for one, at in zip(image.tolist(), place.tolist(), strict=True)
-            ]
-            observed.count(image, np.searchsorted(known, ranks, side="right") - 1, judgement)
+    class Watched(Decoder):
+        def _judge(
+            self, span: Span, proposal: Proposal, verified: FloatArray | Trajectory
+        ) -> ExactJudgement | PaperJudgement:
+            judgement = super()._judge(span, proposal, verified)
+            observed.count(span.owner, span.ar_step, judgement)
             return judgement
-
-        return judged
 
     def rest(*arguments: Any) -> ExactJudgement:  # noqa: ANN401  # passed on
         judgement = judge_rest(*arguments)
@@ -116,9 +97,8 @@ def _recorded(observed: Observed, known: IntArray) -> Iterator[None]:
         return judgement
 
     judge_rest = verify.judge_rest
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(pipeline_module, "NoiseSource", Draws))
-        for name in ("judge_exact", "judge_paper"):
-            stack.enter_context(mock.patch.object(loop, name, noted(getattr(loop, name))))
-        stack.enter_context(mock.patch.object(verify, "judge_rest", rest))
+    with (
+        mock.patch.object(pipeline_module, "Decoder", Watched),
+        mock.patch.object(verify, "judge_rest", rest),
+    ):
         yield

@@ -47,8 +47,8 @@ def step_divergence(
     Returns distance `[R, n]`, d = ‖μ_q - μ_p‖ / σ, and log_ratio `[R, n]`, log p - log q at the states.
     """
     shift = (draft_mean.astype(np.float64) - target_mean) / std[:, None]
-    squared = np.sum(shift**2, axis=-1)
-    return np.sqrt(squared), -0.5 * squared - np.sum(noise * shift, axis=-1)
+    squared = np.vecdot(shift, shift)
+    return np.sqrt(squared), -0.5 * squared - np.vecdot(noise, shift)
 
 
 def running_log_weight(log_ratio: FloatArray) -> FloatArray:
@@ -98,7 +98,12 @@ def block_verify(
     """Judge drafted paths; arguments as in `step_divergence`, and uniform `[R, n + 1]`."""
     distance, log_ratio = step_divergence(noise, draft_mean, target_mean, std)
     log_weight = running_log_weight(log_ratio)
-    accepted = longest_accepted(prefix_acceptance(log_weight, distance), uniform)
+    accepted = np.full(len(log_weight), log_ratio.shape[1], np.int64)
+    # Most paths pass as a whole, which one comparison tells: prefixes are looked at where they do not.
+    failed = np.flatnonzero(uniform[:, -1] >= np.exp(log_weight[:, -1]))
+    if len(failed):
+        acceptance = prefix_acceptance(log_weight[failed], distance[failed])
+        accepted[failed] = longest_accepted(acceptance, uniform[failed])
     return BlockVerdict(accepted_steps=accepted, log_weight=log_weight[np.arange(len(accepted)), accepted])
 
 

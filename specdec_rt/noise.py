@@ -93,10 +93,12 @@ class NoiseSource:
             made = np.random.Philox(key=np.array([self.seed, purpose], dtype=np.uint64))
             self._streams[purpose] = made, made.state
         generator, state = self._streams[purpose]
+        # Philox counts up from word 0, so streams that differ in words 1 to 3 never overlap.
+        counter = np.zeros((len(image), 4), dtype=np.uint64)
+        counter[:, 1], counter[:, 2], counter[:, 3] = token, image, kind
         raw = np.empty((len(image), count), dtype=np.uint64)
-        for row, token_key, image_key in zip(raw, token, image, strict=True):
-            # Philox counts up from word 0, so streams that differ in words 1 to 3 never overlap.
-            state["state"]["counter"] = np.array([0, token_key, image_key, kind]).astype(np.uint64)
+        for row, of_row in zip(raw, counter, strict=True):
+            state["state"]["counter"] = of_row
             generator.state = state
             row[:] = generator.random_raw(count)
         return raw

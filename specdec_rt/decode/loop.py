@@ -86,6 +86,8 @@ class Decoder:
         self._noise = noise
         n, dim = self._chain.length, self._token_dim
         self._normals = Ahead(lambda image, token: noise.normal(image, token, Purpose.CHAIN, n + 1, dim))
+        deciding = 1 if plan.mode == "paper" else n + 1
+        self._uniforms = Ahead(lambda image, token: noise.uniform(image, token, Purpose.ACCEPTANCE, deciding))
         self._images = images
         self._labels = labels
         self._counters = counters
@@ -202,12 +204,11 @@ class Decoder:
         plan, going = self._plan, self._going
         left = plan.schedule.steps - self._step  # [A]
         span = self._span(min(length, int(left.max())))
-        image = self._images[self._lane[span.owner]]
         noise = self._chain_noise(span)
         guidance = plan.guidance_at(span.ar_step)
         drawn, verified = self._steps.round(self._fed, span, noise, guidance)
         proposal = Proposal(noise, drawn)
-        judgement = self._judge(proposal, verified, image, span.place)
+        judgement = self._judge(span, proposal, verified)
 
         accepted = judgement.accepted
         drafted = np.minimum(span.length, left)
@@ -219,7 +220,7 @@ class Decoder:
         self._store(span, taken, proposal.token[taken], judgement.mean[taken])
         started = self._clock()
         if len(rows):
-            made = self._complete(guidance, proposal, judgement, rows, image, span.place)
+            made = self._complete(span, guidance, proposal, judgement, rows)
             self._store(span, rows, made.token, made.mean)
             longest = np.zeros(len(left), np.int64)
             np.maximum.at(longest, span.owner[rows], made.head_calls)
@@ -250,22 +251,22 @@ class Decoder:
         return self._chain.length if evaluate is None else int(evaluate.sum())
 
     def _judge(
-        self, proposal: Proposal, verified: FloatArray | Trajectory, image: IntArray, place: IntArray
+        self, span: Span, proposal: Proposal, verified: FloatArray | Trajectory
     ) -> ExactJudgement | PaperJudgement:
+        uniform = self._uniforms(self._image(span), span.place, lambda: self._coming(span))
         if isinstance(verified, Trajectory):
-            uniform = self._noise.uniform(image, place, Purpose.ACCEPTANCE, 1)
             return judge_paper(self._chain, proposal, verified, uniform[:, 0], self._plan.tau)
-        return judge_exact(self._chain, proposal, verified, self._acceptance_draws(image, place, 0))
+        return judge_exact(self._chain, proposal, verified, uniform)
 
     def _complete(
         self,
+        span: Span,
         guidance: FloatArray,
         proposal: Proposal,
         judgement: ExactJudgement | PaperJudgement,
         rows: IntArray,
-        image: IntArray,
-        place: IntArray,
     ) -> Completion:
+        image, place = self._image(span), span.place
         if isinstance(judgement, PaperJudgement):
             of_rows = image[rows], place[rows], Purpose.RESIDUAL, PAPER_TRIES
             normal = self._noise.normal(*of_rows, self._token_dim)
@@ -276,7 +277,9 @@ class Decoder:
 
         again = Again(
             redraft=lambda some, *rest: self._steps.redraft(some, guidance[:, some], *rest),
-            uniform=lambda some, attempt: self._acceptance_draws(image[some], place[some], attempt),
+            uniform=lambda some, attempt: self._noise.uniform(
+                image[some], place[some], Purpose.ACCEPTANCE, self._chain.length + 1, attempt
+            ),
             draws=draws,
         )
         return complete_exact(
@@ -288,10 +291,6 @@ class Decoder:
             draws(rows, 0),
             None if self._plan.grid is None else again,
         )
-
-    def _acceptance_draws(self, image: IntArray, place: IntArray, attempt: int) -> FloatArray:
-        """`[R, n + 1]` uniform."""
-        return self._noise.uniform(image, place, Purpose.ACCEPTANCE, self._chain.length + 1, attempt)
 
     def _residual_draws(self, image: IntArray, place: IntArray, attempt: int) -> ResidualDraws:
         noise, n, dim = self._noise, self._chain.length, self._token_dim
@@ -363,9 +362,12 @@ class Decoder:
         for model in self._steps.models:
             model.backbone.select(kept)
 
+    def _image(self, span: Span) -> IntArray:
+        """`[R]` the key of each row's image to its noise."""
+        return self._images[self._lane[span.owner]]
+
     def _chain_noise(self, span: Span) -> ChainNoise:
-        image = self._images[self._lane[span.owner]]
-        return ChainNoise.of(self._normals(image, span.place, lambda: self._coming(span)))
+        return ChainNoise.of(self._normals(self._image(span), span.place, lambda: self._coming(span)))
 
     def _coming(self, span: Span) -> tuple[IntArray, IntArray]:
         """Image and place of the next tokens of every lane, those of `span` among them."""

@@ -31,15 +31,17 @@ class Span:
     """`[R]` the row's step, counted from the image's first"""
     rank: IntArray
     """`[R]` where the row's place stands in the image's order"""
+    single: bool = False
+    """whether every step of every image predicts one token, as nearly always in the causal family"""
 
     @classmethod
     def of(cls, order: IntArray, known: IntArray, step: IntArray, length: int) -> "Span":
         """The span of `length` steps from `step [A]` on."""
         bounds = known[np.minimum(step + np.arange(length + 1)[:, None], len(known) - 1)]  # [length + 1, A]
         count = (bounds[1:] - bounds[:-1]).ravel()
-        if count.all() and count.max() == 1:  # as nearly always in the causal family
+        if count.all() and count.max() == 1:
             offset, owner = _grid(length, len(step))
-            return cls(order, known, step, length, owner, offset, bounds[:-1].ravel())
+            return cls(order, known, step, length, owner, offset, bounds[:-1].ravel(), single=True)
         row = np.arange(count.sum())
         offset, owner = np.divmod(np.repeat(np.arange(len(count)), count), len(step))
         rank = row - np.repeat(np.cumsum(count) - count, count) + bounds[offset, owner]
@@ -58,10 +60,17 @@ class Span:
     @property
     def counts(self) -> tuple[int, ...]:
         """Rows of each of the `length` offsets."""
+        if self.single:
+            return (len(self.step),) * self.length
         return tuple(np.bincount(self.offset, minlength=self.length).tolist())
 
     def at(self, offset: int) -> "Span":
         """The one step at `offset`; its rows are those of this span with that offset, in the same order."""
+        if self.single:
+            images = len(self.step)
+            first, owner = _grid(1, images)
+            rank = self.rank[offset * images : (offset + 1) * images]
+            return Span(self.order, self.known, self.step + offset, 1, owner, first, rank, single=True)
         return Span.of(self.order, self.known, np.minimum(self.step + offset, len(self.known) - 1), 1)
 
 

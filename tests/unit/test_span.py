@@ -26,13 +26,16 @@ def test_sets_of_tokens_in_each_images_own_order():
     assert rows(span) == [(0, 0, 2), (0, 0, 0), (1, 0, 3), (0, 1, 1), (0, 1, 3), (1, 1, 1), (1, 1, 4)]
 
 
-def test_the_step_at_an_offset_holds_the_spans_rows_of_that_offset():
+@pytest.mark.parametrize("schedule", [cosine_schedule(64, 10), raster_schedule(64)], ids=["sets", "single tokens"])
+def test_the_step_at_an_offset_holds_the_spans_rows_of_that_offset(schedule):
     rng = np.random.default_rng(0)
     order = np.stack([rng.permutation(64) for _ in range(4)])
-    span = Span.of(order, cosine_schedule(64, 10).known, np.array([0, 4, 8, 9]), 4)
+    span = Span.of(order, schedule.known, np.array([0, 4, 8, 9]), 4)
+    assert span.counts == tuple(np.bincount(span.offset, minlength=4))
     for offset in range(4):
         here = span.offset == offset
         single = span.at(offset)
+        assert single.counts == (here.sum(),)
         np.testing.assert_array_equal(single.place, span.place[here])
         np.testing.assert_array_equal(single.owner, span.owner[here])
         np.testing.assert_array_equal(single.ar_step, span.ar_step[here])
