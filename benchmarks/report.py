@@ -198,12 +198,10 @@ def _host_table(rows: list[dict[str, Any]]) -> str:
 
 def accuracy(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Every case that was predicted: `predicted`, `measured` seconds and the relative `error`."""
-    measured = {(row["variant"], row["batch"]): row.get("p50_seconds") for row in result["rows"]}
     found = []
     for row in result["cost"]["rows"]:
-        seconds = measured[row["variant"], row["batch"]]
-        error = row["seconds"] / seconds - 1
-        found.append({**row, "predicted": row["seconds"], "measured": seconds, "error": error})
+        predicted, measured = row["seconds"], row["measured_seconds"]
+        found.append({**row, "predicted": predicted, "measured": measured, "error": predicted / measured - 1})
     return found
 
 

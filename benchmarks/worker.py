@@ -14,7 +14,7 @@ from benchmarks.observe import observe
 from benchmarks.requests import Request, forced_verdicts
 from benchmarks.scenario import RuntimeVariant, Scenario, TorchVariant, Variant
 from specdec_rt import Pipeline, load
-from specdec_rt.bench.cost import Acceptance, HostCost
+from specdec_rt.bench.cost import Acceptance, HostCost, Prediction
 from specdec_rt.bench.predict import Predictor
 from specdec_rt.bench.timing import Times, profile, repeat
 from specdec_rt.decode.stats import Stats
@@ -209,17 +209,48 @@ def _cost(job: Job, pipeline: Pipeline) -> dict[str, Any]:
     # An image that ends early has no request to calibrate the host's share in; it is small where that is done.
     host = None if scenario.first_ar_steps is None else HostCost()
     predictor = Predictor(pipeline, host=host, first=scenario.first_ar_steps)
-    variants = {variant.name: variant for variant in scenario.variants if isinstance(variant, RuntimeVariant)}
     rows = []
-    for measured in job.measured:
-        options = variants[measured.variant].decode_options(scenario)
-        left = 0.5 if measured.left is None else measured.left
-        acceptance = Acceptance(measured.acceptance or 0.0, left, measured.resumed)
-        found = predictor.predict(options, measured.batch, acceptance)
-        rows.append(
-            {"variant": measured.variant, "batch": measured.batch, "seconds": found.seconds, "parts": found.parts}
-        )
-    return {"rows": rows, **predictor.record()}
+    for case in job.measured:
+        rows.append(_predicted(scenario, pipeline, predictor, case))
+        sys.stderr.write(f"    predicted {case.variant}, batch {case.batch}\n")
+    return {"rows": rows, "host_seconds": predictor.record()["host_seconds"]}
+
+
+def _predicted(scenario: Scenario, pipeline: Pipeline, predictor: Predictor, case: Measured) -> dict[str, Any]:
+    """What the case was predicted to take, and what it took: graphs are timed right after each half of its requests."""
+    (variant,) = (one for one in scenario.variants if one.name == case.variant)
+    assert isinstance(variant, RuntimeVariant)
+    request, options = Request.of(scenario, variant, case.batch), variant.decode_options(scenario)
+    figures: list[Stats | None] = []
+
+    def predicted(stats: Stats | None) -> Prediction:
+        # What rejections cost grows faster than their number: each request has an acceptance of its own.
+        rate = None if stats is None else stats.acceptance_rate
+        rate = case.acceptance if rate is None else rate
+        acceptance = Acceptance(rate or 0.0, 0.5 if case.left is None else case.left, case.resumed)
+        return predictor.predict(options, case.batch, acceptance)
+
+    seconds: list[float] = []
+    found: list[Prediction] = []
+    for samples in filter(None, (-(-scenario.samples // 2), scenario.samples // 2)):
+        with forced_verdicts(variant.forced):
+            times = repeat(
+                lambda seed: figures.append(request(pipeline, seed)),
+                seed=scenario.seed + len(seconds),
+                warmup=1 if seconds else scenario.warmup,
+                samples=samples,
+                limit_seconds=scenario.limit_seconds / 2,
+            ).seconds
+        predictor.renew()
+        found += [predicted(stats) for stats in figures[-len(times) :]]
+        seconds += times
+    return {
+        "variant": case.variant,
+        "batch": case.batch,
+        "seconds": float(np.mean([one.seconds for one in found])),
+        "measured_seconds": Times(tuple(seconds)).mean,
+        "parts": {part: float(np.mean([one.parts.get(part, 0.0) for one in found])) for part in found[0].parts},
+    }
 
 
 def main() -> None:

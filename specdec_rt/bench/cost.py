@@ -67,8 +67,8 @@ class Costs(Protocol):
         """What the chains of so many tokens need of their conditions, for so many steps."""
         ...
 
-    def step(self, owner: str, rows: int) -> float:
-        """One transition of the chains of so many tokens."""
+    def steps(self, owner: str, rows: int, calls: int) -> float:
+        """So many transitions, one after the other, of the chains of so many tokens."""
         ...
 
     def density(self, rows: int) -> float:
@@ -78,7 +78,7 @@ class Costs(Protocol):
 
 @dataclass(frozen=True)
 class HostCost:
-    """Everything outside engine calls: seconds of a launch (an AR step or a round), and of each of its tokens."""
+    """Everything outside engine calls: seconds of a launch (as `Prediction` counts them), and of each of its tokens."""
 
     launch: float = 0.0
     token: float = 0.0
@@ -128,7 +128,7 @@ class Prediction:
 
     seconds: float
     launches: float
-    """AR steps of the target alone, rounds, and rests that are drafted again"""
+    """AR steps of one model, drafted or not, verifications, and rests that are drafted again"""
     tokens: float
     """that launches made or drafted"""
     parts: dict[str, float]
@@ -199,7 +199,7 @@ class _Run:
             if whole is None:
                 self.parts["target.modulation"] += self._costs.modulation("target", rows, work.chain)
             self.parts["target.log_density"] += self._costs.density(rows)
-        self.launches += 1
+        self.launches += 1 if plan.draft is None else length + 1
         self.tokens += rows
         return self._accept(at, left, sizes)
 
@@ -243,7 +243,7 @@ class _Run:
         steps = calls if made is None else made
         if steps:
             self.parts[f"{owner}.modulation"] += self._costs.modulation(owner, rows, steps)
-        self.parts[f"{owner}.denoise_step"] += calls * self._costs.step(owner, rows)
+        self.parts[f"{owner}.denoise_step"] += self._costs.steps(owner, rows, calls)
 
 
 def draw_left(uniform: FloatArray, length: int | IntArray, share: float) -> IntArray:

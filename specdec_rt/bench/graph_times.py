@@ -1,7 +1,8 @@
 """The time of one call of each graph of a bundle, as a function of its sizes, measured here."""
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -20,10 +21,16 @@ QUERIES = 4
 """Tokens that a MAR backbone is asked for: how many changes little."""
 SECONDS, FEWEST, MOST = 0.1, 3, 2000
 """For how long, and how often, a call is repeated."""
+RING = 16
+"""Transitions of a chain, at most, that are measured in turn."""
+SWEPT = 2**20
+"""Values (4 MiB) that take the place of a graph's weights in a core's own cache, as the calls of other graphs do."""
 
 
 class GraphTimes:
-    """As in `cost.Costs`; calls are measured when they are first asked for.
+    """As in `cost.Costs`; calls are measured when they are first asked for, and as decoding makes them.
+
+    Each call comes after one of another graph; only a chain's transitions come one after the other.
 
     `draft_share` is for a draft that there is not: its backbone takes this share of the target's time.
     """
@@ -33,6 +40,7 @@ class GraphTimes:
         self._share = draft_share
         self._slots = {slot.label: slot for slot in graph_slots(pipeline.bundle.manifest)}
         self._functions: dict[str, Interpolated] = {}
+        self._swept = np.zeros(SWEPT, np.float32)
 
     def backbone(self, owner: str, contexts: int, size: int) -> float:
         """As in `cost.Costs`."""
@@ -49,9 +57,11 @@ class GraphTimes:
         of = self._function(f"{owner}.modulation")
         return whole * of(rows, places) + (of(rows, rest) if rest else 0.0)
 
-    def step(self, owner: str, rows: int) -> float:
+    def steps(self, owner: str, rows: int, calls: int) -> float:
         """As in `cost.Costs`."""
-        return self._function(f"{owner}.denoise_step")(rows, 1)
+        label = f"{owner}.denoise_step"
+        later = self._function(label, again=True)(rows, 1) if calls > 1 else 0.0
+        return self._function(label)(rows, 1) + (calls - 1) * later
 
     def density(self, rows: int) -> float:
         """As in `cost.Costs`."""
@@ -73,19 +83,28 @@ class GraphTimes:
             for label, function in self._functions.items()
         }
 
-    def _function(self, label: str) -> Interpolated:
-        if label not in self._functions:
+    def _function(self, label: str, *, again: bool = False) -> Interpolated:
+        """`again`: of calls that come after one of the same graph."""
+        key = f"{label}, again" if again else label
+        if key not in self._functions:
             slot, manifest = self._slots[label], self._pipeline.bundle.manifest
             # In the known tokens of a MAR backbone time is all but linear.
             by_known = manifest.family == "mar" and slot.name is GraphName.BACKBONE
             grid = tuple(sorted({1, -(-manifest.tokens // 2), manifest.tokens})) if by_known else None
-            self._functions[label] = Interpolated(lambda x, y: self._measure(slot, x, y), grid=grid)
-        return self._functions[label]
+            self._functions[key] = Interpolated(lambda x, y: self._measure(slot, x, y, again=again), grid=grid)
+        return self._functions[key]
 
-    def _measure(self, slot: GraphSlot, x: int, y: int) -> float:
+    def _measure(self, slot: GraphSlot, x: int, y: int, *, again: bool) -> float:
         sizes = graph_sizes(self._pipeline, branches=self._branches, chain=self._chain, x=x, y=y)
+        calls = 1
+        if again:  # each transition reads modulation of its own, which lies where no core's own cache holds all of it
+            calls = min(modulation_places(x, self._modulation_width(slot.owner), self._chain), RING)
+        ring = itertools.cycle([bind_graph(self._pipeline, slot, sizes) for _ in range(calls)])
         # The mean: requests are sums of calls, slow ones among them.
-        return time_call(self._pipeline, bind_graph(self._pipeline, slot, sizes)).mean
+        return time_call(self._pipeline, lambda: next(ring)(), between=_nothing if again else self._sweep).mean
+
+    def _sweep(self) -> None:
+        self._swept += 1
 
 
 def graph_sizes(pipeline: Pipeline, *, branches: int, chain: int, x: int, y: int) -> dict[str, int]:
@@ -122,13 +141,19 @@ def bind_graph(pipeline: Pipeline, slot: GraphSlot, sizes: Mapping[str, int]) ->
     return device.record([engine.bind(inputs, outputs)])
 
 
-def time_call(pipeline: Pipeline, call: BoundCall) -> Times:
-    """Some repeats, after one that does not count."""
+def _nothing() -> None:
+    """What is done between calls that follow each other."""
+
+
+def time_call(pipeline: Pipeline, call: BoundCall, *, between: Callable[[], None] = _nothing) -> Times:
+    """Some repeats, after one that does not count, with something done before each that does not count either."""
     wait = pipeline.backend.device.wait
     call()
     wait()
     seconds: list[float] = []
-    while len(seconds) < FEWEST or (sum(seconds) < SECONDS and len(seconds) < MOST):
+    until = time.perf_counter() + SECONDS
+    while len(seconds) < FEWEST or (time.perf_counter() < until and len(seconds) < MOST):
+        between()
         started = time.perf_counter()
         call()
         wait()

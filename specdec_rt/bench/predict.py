@@ -29,7 +29,7 @@ class _Free:
     def modulation(self, owner: str, rows: int, steps: int) -> float:  # noqa: ARG002
         return 0.0
 
-    def step(self, owner: str, rows: int) -> float:  # noqa: ARG002
+    def steps(self, owner: str, rows: int, calls: int) -> float:  # noqa: ARG002
         return 0.0
 
     def density(self, rows: int) -> float:  # noqa: ARG002
@@ -55,7 +55,7 @@ class Predictor:
         self.pipeline = pipeline
         self._share, self._given, self._first = draft_share, host, first
         self._times: dict[int, GraphTimes] = {}
-        self._hosts: dict[tuple[bool, int], HostCost] = {}
+        self._hosts: dict[tuple[str, int], HostCost] = {}
 
     def workload(self, options: DecodeOptions, batch: int) -> Workload:
         """How a request of one batch is decoded. Raises UsageError where the draft length is chosen on the way."""
@@ -84,8 +84,7 @@ class Predictor:
     def predict(self, options: DecodeOptions, batch: int, acceptance: Acceptance) -> Prediction:
         """The batch, from its first to its last token."""
         work = self.workload(options, batch)
-        host = self._given or self.host(batch, alone=work.plan.mode in ("target", "draft"))
-        return simulate(work, acceptance, self.times(work), host)
+        return simulate(work, acceptance, self.times(work), self._given or self.host(work))
 
     def times(self, work: Workload) -> GraphTimes:
         """Of calls with as many guidance branches as the workload has."""
@@ -96,27 +95,36 @@ class Predictor:
             )
         return self._times[branches]
 
+    def renew(self) -> None:
+        """Time graphs anew from now on: a machine's moments differ."""
+        self._times.clear()
+
     def record(self) -> dict[str, object]:
         """What was measured, as plain values for JSON."""
-        hosts = {
-            f"{'alone' if alone else 'rounds'}, batch {batch}": host for (alone, batch), host in self._hosts.items()
-        }
+        hosts = {f"{kind}, batch {batch}": host for (kind, batch), host in self._hosts.items()}
         return {
             "graph_seconds": {str(branches): times.record() for branches, times in self._times.items()},
             "host_seconds": {name: {"launch": host.launch, "token": host.token} for name, host in hosts.items()},
         }
 
-    def host(self, batch: int, *, alone: bool) -> HostCost:
-        """The host's costs, from profiles of a request of one image and of one of `batch`; 0 where there are none."""
-        if (alone, batch) not in self._hosts:
-            self._hosts[alone, batch] = self._calibrate(batch, alone=alone)
-        return self._hosts[alone, batch]
+    def host(self, work: Workload) -> HostCost:
+        """The host's costs, from profiles of a request of one image and of one of as many; 0 where there are none.
 
-    def _calibrate(self, batch: int, *, alone: bool) -> HostCost:
+        Requests are like the workload: the target alone, or rounds with its draft (one that is not there: with any).
+        """
+        manifest, plan = self.pipeline.bundle.manifest, work.plan
+        rounds = plan.mode not in ("target", "draft") and compile_chain(manifest.chain).refusal() is None
+        draft = SELF_DRAFT if plan.draft is None else plan.draft
+        if plan.draft is not None and draft not in manifest.drafts:
+            draft = next(iter(manifest.drafts), SELF_DRAFT)
+        kind = draft if rounds else "alone"
+        if (kind, work.batch) not in self._hosts:
+            options = DecodeOptions(mode="exact", draft=draft) if rounds else DecodeOptions(mode="target")
+            self._hosts[kind, work.batch] = self._calibrate(options, work.batch)
+        return self._hosts[kind, work.batch]
+
+    def _calibrate(self, options: DecodeOptions, batch: int) -> HostCost:
         manifest = self.pipeline.bundle.manifest
-        rounds = not alone and compile_chain(manifest.chain).refusal() is None
-        draft = next(iter(manifest.drafts), SELF_DRAFT)
-        options = DecodeOptions(mode="exact", draft=draft) if rounds else DecodeOptions(mode="target")
         if manifest.family == "mar":
             options = replace(options, ar_steps=min(CALIBRATED_STEPS, manifest.tokens))
         measured = []

@@ -28,8 +28,8 @@ class Counting:
     def modulation(self, *_):
         return self._modulation
 
-    def step(self, *_):
-        return self._step
+    def steps(self, *asked):
+        return self._step * asked[-1]
 
     def density(self, *_):
         return self._density
@@ -75,7 +75,7 @@ def test_the_simulation_takes_as_many_rounds_as_decoding(name, options):
 
     found = simulate(work, Acceptance(stats.acceptance_rate), Counting(density=1), HostCost(), trials=100)
 
-    assert found.launches == pytest.approx(stats.rounds / 10, rel=0.12)
+    assert found.launches == pytest.approx((stats.rounds + stats.draft_backbone_calls) / 10, rel=0.12)
 
 
 def test_rests_that_are_drafted_again_take_as_many_calls_as_decoding(monkeypatch):
@@ -166,6 +166,31 @@ def test_graphs_of_a_bundle_and_the_host_are_timed():
     of_target = {f"target.{graph}" for graph in ("backbone", "modulation", "denoise_step", "log_density")}
     assert set(found.parts) == {"draft", "host", *of_target}
     assert {"target.log_density", "adapter.backbone"} <= set(predictor.record()["graph_seconds"]["2"])
+
+
+def test_the_first_step_of_a_chain_finds_no_weights_in_the_cache(predictor):
+    times = predictor.times(predictor.workload(DecodeOptions(mode="target"), 1))
+    times._functions = {"target.denoise_step": lambda *_: 5.0, "target.denoise_step, again": lambda *_: 2.0}
+
+    assert times.steps("target", 1, 1) == 5.0
+    assert times.steps("target", 1, 23) == 5.0 + 22 * 2.0
+
+
+def test_requests_with_other_drafts_have_host_costs_of_their_own():
+    predictor = Predictor(load("digits-mar", backend="onnxruntime", threads=1))
+    for options in (DecodeOptions(mode="target"), *(DecodeOptions(draft=draft) for draft in ("small", "self"))):
+        assert predictor.host(predictor.workload(options, 1)).launch > 0
+
+    assert set(predictor.record()["host_seconds"]) == {"alone, batch 1", "small, batch 1", "self, batch 1"}
+
+
+def test_graphs_are_timed_anew_when_that_is_asked_for(predictor):
+    work = predictor.workload(DecodeOptions(mode="target"), 1)
+    before = predictor.times(work)
+
+    assert predictor.times(work) is before
+    predictor.renew()
+    assert predictor.times(work) is not before
 
 
 def test_a_profile_times_every_call_and_leaves_images_as_they_are():
