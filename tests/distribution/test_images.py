@@ -1,5 +1,6 @@
 """Whole images of the digits pairs: as good as promised, and `exact` draws what `target` draws."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ CALLS = {"digits": 0.45, "digits-mar": 0.8}
 
 @pytest.fixture(scope="module", params=["digits", "digits-mar"])
 def pipeline(request):
-    return load(request.param)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return load(request.param, threads=1)  # other tests have the other cores
+    return load(request.param, workers=min(os.cpu_count() or 1, 4))  # quickest for many images, which are the same
 
 
 @pytest.fixture(scope="module")
