@@ -18,7 +18,7 @@ from specdec_rt.backends.installed import (
 from specdec_rt.backends.tensorrt import Flavour, probe
 from specdec_rt.errors import BackendError, UsageError
 
-__all__ = ["AUTO_ORDER", "Availability", "Driver", "Gpu", "check", "driver", "gpu", "pick_auto"]
+__all__ = ["AUTO_ORDER", "Availability", "Driver", "Gpu", "check", "driver", "gpu"]
 
 AUTO_ORDER = ("tensorrt-rtx", "tensorrt", "cuda", "onnxruntime")
 """All backends, the best first."""
@@ -73,17 +73,6 @@ def check(backend: str) -> Availability:
         return Availability(backend, True, _CHECKS[backend](), _version(backend))
     except BackendError as error:
         return Availability(backend, False, str(error), _version(backend))
-
-
-def pick_auto() -> Availability:
-    """The best backend that can run here; where none can, what keeps ONNX Runtime on the CPU from it."""
-    found = None
-    for backend in AUTO_ORDER:
-        found = check(backend)
-        if found.usable:
-            break
-    assert found is not None
-    return found
 
 
 def gpu() -> Gpu | None:

@@ -25,7 +25,6 @@ __all__ = [
     "Reporter",
     "Workshop",
     "build_bundle",
-    "engine_for",
     "graph_slots",
 ]
 
@@ -250,8 +249,3 @@ def build_bundle(
     for slot in slots:  # what is wrong with the recipe or the bundle shows before anything is built
         workshop.key_fields(slot)
     return [workshop.engine(slot, reporter)[1] for slot in slots]
-
-
-def engine_for(bundle: Bundle, slot: GraphSlot, recipe: Recipe, cache: EngineCache) -> bytes:
-    """The plan of one graph, from the cache or built now; as it comes, it may be deserialised."""
-    return Workshop.open(bundle, recipe, cache).engine(slot)[0]

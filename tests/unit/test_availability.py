@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from specdec_rt.backends import availability
-from specdec_rt.backends.availability import AUTO_ORDER, Driver, Gpu, check, driver, gpu, pick_auto
+from specdec_rt.backends.availability import Driver, Gpu, check, driver, gpu
 from specdec_rt.backends.installed import installed_version, onnxruntime_problem
 from specdec_rt.errors import BackendError, UsageError
 
@@ -41,9 +41,8 @@ def test_a_missing_driver_is_said(backend):
 
 
 @without_gpu
-def test_auto_without_a_gpu():
+def test_there_is_no_gpu():
     assert gpu() is None
-    assert pick_auto() == check("onnxruntime")
 
 
 def test_an_unknown_backend():
@@ -52,14 +51,6 @@ def test_an_unknown_backend():
 
 
 # --- other machines ------------------------------------------------------------------------------------
-
-
-def test_auto_takes_the_first_that_runs(monkeypatch):
-    def able():
-        return "runs"
-
-    monkeypatch.setattr(availability, "_CHECKS", dict.fromkeys(AUTO_ORDER, able))
-    assert pick_auto().backend == "tensorrt-rtx"
 
 
 def test_without_cuda_bindings(monkeypatch):

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from specdec_rt import build_command
 from specdec_rt.backends.availability import Gpu, gpu
 from specdec_rt.build import builder
-from specdec_rt.build.builder import BuiltGraph, Workshop, build_bundle, engine_for, graph_slots
+from specdec_rt.build.builder import BuiltGraph, Workshop, build_bundle, graph_slots
 from specdec_rt.build.cache import EngineCache, engine_key
 from specdec_rt.build.recipe import default_recipe, read_recipe
 from specdec_rt.bundle import file_sha256, load_bundle
@@ -232,7 +232,8 @@ def test_what_this_machine_did_not_build_is_built_anew(workshop, cache, caplog, 
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
         cache = EngineCache(cache.folder)
     refused = plan.read_bytes() if damage in ("tampered", "truncated") else None
-    given = engine_for(workshop.bundle, slot(workshop.bundle, "target.time_embedding"), workshop.recipe, cache)
+    again = Workshop.open(workshop.bundle, workshop.recipe, cache)
+    given, _ = again.engine(slot(workshop.bundle, "target.time_embedding"))
     assert given != refused
     assert f"the engine {plan} is not used" in caplog.text
     assert given == plan.read_bytes() == cache.read(plan.stem)

@@ -41,6 +41,12 @@ def promising(monkeypatch):
 
 
 @pytest.mark.usefixtures("promising")
+def test_auto_takes_the_first_that_works(bundle, monkeypatch):
+    monkeypatch.setattr(select, "_on_gpu", lambda _, recipe, *__, **___: recipe.backend)
+    assert select.open_backend(bundle) == "tensorrt-rtx"
+
+
+@pytest.mark.usefixtures("promising")
 def test_auto_passes_over_what_only_seems_to_work(bundle, monkeypatch, caplog):
     def fails(*_, **__):
         raise BackendError("the GPU is on fire")
