@@ -198,7 +198,9 @@ class _Run:
         else:
             if whole is None:
                 self.parts["target.modulation"] += self._costs.modulation("target", rows, work.chain)
-            self.parts["target.log_density"] += self._costs.density(rows)
+            # Steps that it was called at to draft are judged already.
+            share = 1.0 if whole is None else 1 - work.draft_calls / work.chain
+            self.parts["target.log_density"] += share * self._costs.density(rows)
         self.launches += 1 if plan.draft is None else length + 1
         self.tokens += rows
         return self._accept(at, left, sizes)

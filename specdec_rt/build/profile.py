@@ -15,8 +15,6 @@ STATES_PER_CALL = 2**14
 """`decode.chain`'s: paths are judged so many states, times guidance branches, at a time."""
 MODULATION_VALUES = 2**26
 """`decode.chain`'s: so much of chains' modulation is made at a time."""
-REDRAFTED = 24
-"""`decode.redraft`'s: ends of chains are judged from so many steps on."""
 PIXELS_PER_CALL = 2**19
 """`pixels`': a decoder is given tokens of so many pixels at a time."""
 BRANCHES = 2
@@ -120,8 +118,8 @@ class _Call:
                 most = min(STATES_PER_CALL // n, MODULATION_VALUES // (BRANCHES * n * self._modulation))
                 most = min(self._most_rows, max(most, 1))
                 rows = (1, min(self._middle * self._block, most), most)
-                least = min(REDRAFTED, n)
-                return {"G": branches, "R": rows, "n": (least, n, n), "n_plus_1": (least + 1, n + 1, n + 1)}
+                # Those of a chain's steps that a draft on the same head has left out, or the last ones of a chain.
+                return {"G": branches, "R": rows, "n": (1, n, n), "n_plus_1": (2, n + 1, n + 1)}
 
     @property
     def _usual_rows(self) -> int:
@@ -234,9 +232,9 @@ def _check_symbol(recipe: Recipe, keys: tuple[str, ...], symbol: str, span: _Ran
     least, _, most = derived
     if least == most:
         _check_fixed(recipe, keys, symbol, most, span)
-    # A chain is embedded in one call, but judged from any step on; a cache holds at least the image's tokens.
-    judged = (least, most)
-    needed = {"n": (most,) if least == 1 else judged, "n_plus_1": judged, "S": (least,)}.get(symbol, ())
+    # A chain is embedded in one call, but any number of its steps is judged; a cache holds at least the image's tokens.
+    steps = (least, most) if GraphName.LOG_DENSITY in keys else (most,)
+    needed = {"n": steps, "n_plus_1": steps, "S": (least,)}.get(symbol, ())
     for size in needed:
         if not span[0] <= size <= span[2]:
             kind = "min" if span[0] > size else "max"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -83,8 +84,8 @@ class ChainRun:
     parts: list[tuple[IntArray, Array]]
     """transitions `[k]` whose modulation is made at once, and `[k R]` the step that each row is at in them"""
     calls: list[BoundCall]
-    whole: bool
-    """whether the modulation of all transitions lies in the buffers when it is done"""
+    places: IntArray | None
+    """`[n]` where each transition's modulation lies in the buffers when it is done; None: not all of it does"""
 
     @property
     def inputs(self) -> tuple[Array, ...]:
@@ -165,47 +166,55 @@ class Head:
         """A chain, or its first `length` transitions.
 
         Where `evaluate [n]` is False the head is not called: its last prediction of the clean token is held. With
-        `whole`, modulation is made of these transitions as well where there is room, for who evaluates them later.
+        `whole`, modulation is made of these transitions as well where there is room, for who evaluates them later:
+        it lies in one piece, after that of the others.
         """
         n = self.chain.length if length is None else length
-        evaluated = np.ones(n, np.bool_) if evaluate is None else evaluate[:n]
-        places = len(buffers.modulation)
-        whole = whole and n == self.chain.length <= places
-        made = np.arange(n) if whole else np.flatnonzero(evaluated)
+        evaluated = np.arange(n) if evaluate is None else np.flatnonzero(evaluate[:n])
+        room = len(buffers.modulation)
+        whole = whole and n == self.chain.length <= room
+        made = np.concatenate([evaluated, np.setdiff1d(np.arange(n), evaluated)]) if whole else evaluated
         parts, calls = [], []
-        for first in range(0, len(made), places):
-            part = made[first : first + places]
+        for first in range(0, len(made), room):
+            part = made[first : first + room]
             steps, make = self.modulate(buffers.z, buffers.modulation[: len(part)])
             parts.append((part, steps))
             calls.append(make)
-            called = np.flatnonzero(evaluated[part])
-            until = int(made[first + places]) if first + places < len(made) else n
-            ends = [*part[called[1:]].tolist(), until]
-            for place, end in zip(called.tolist(), ends, strict=True):
-                step = int(part[place])
+            called = evaluated[first : first + room].tolist()
+            until = int(evaluated[first + room]) if first + room < len(evaluated) else n
+            for place, (step, end) in enumerate(pairwise([*called, until])):
                 calls.append(self._transition(buffers, step, place))
                 if end > step + 1:
                     calls.append(self._hold(buffers, step, end))
-        return ChainRun(buffers, parts, calls, whole)
+        return ChainRun(buffers, parts, calls, np.argsort(made) if whole else None)
 
-    def density(self, branches: int, path: Array, mean: Array, modulation: Array | None = None) -> list[DensityPart]:
-        """What evaluates the means `[R, L, D]` of the last L transitions out of the states of `path [R, L + 1, D]`.
+    def density(
+        self,
+        branches: int,
+        path: Array,
+        mean: Array,
+        modulation: Array | None = None,
+        transitions: IntArray | None = None,
+    ) -> list[DensityPart]:
+        """What evaluates the means `[R, L, D]` of L `transitions` out of the first L states of `path [R, L + 1, D]`.
 
-        All rows at once, or several times some where a batch is so large that its activations might not fit.
-        Where there is `modulation [L or more, R, G, M]` of these transitions already, it is used for all at once.
+        By default they are the chain's last. All rows at once, or several times some where a batch is so large that
+        its activations might not fit. Where there is `modulation [L or more, R, G, M]` of these transitions already,
+        it is used for all at once.
         """
-        size = self.paths_per_call(branches)
+        size, n = self.paths_per_call(branches), self.chain.length
+        transitions = np.arange(n)[-mean.shape[1] :] if transitions is None else transitions
         coefficients = self._tables["coefficients"]
-        if mean.shape[1] < self.chain.length:
-            coefficients = self.device.zeros((mean.shape[1], 4), np.float32)
-            coefficients[:] = self.chain.coefficients[-len(coefficients) :]
+        if len(transitions) < n:
+            coefficients = self.device.zeros((len(transitions), 4), np.float32)
+            coefficients[:] = self.chain.coefficients[transitions]
             self.device.upload(coefficients)()
         if modulation is not None and len(path) <= size:
-            return [self._part(branches, path, mean, coefficients, slice(0, len(path)), modulation)]
+            return [self._part(branches, path, mean, coefficients, transitions, slice(0, len(path)), modulation)]
         # So many rows at a time that each part begins aligned, whatever a row's size, or else whatever is usual.
         size -= size % next(unit for unit in (64, 16, 4, 1) if unit <= size)
         parts = (slice(i, min(i + size, len(path))) for i in range(0, len(path), size))
-        return [self._part(branches, path, mean, coefficients, part) for part in parts]
+        return [self._part(branches, path, mean, coefficients, transitions, part) for part in parts]
 
     def paths_per_call(self, branches: int) -> int:
         """How many paths are judged at once, and no more of their ends: engines are built for so many."""
@@ -357,18 +366,19 @@ class Head:
         path: Array,
         mean: Array,
         coefficients: Array,
+        transitions: IntArray,
         rows: slice,
         modulation: Array | None = None,
     ) -> DensityPart:
-        device, count, length = self.device, rows.stop - rows.start, mean.shape[1]
+        device, count = self.device, rows.stop - rows.start
         guidance = device.zeros((branches, count), np.float32)
         std = {"std": device.zeros(mean[rows].shape, np.float32, staged=False)} if self.learned else {}
         z, calls = None, []
         if modulation is None:
             z = device.zeros((branches, count, self.z_dim), np.float32)
-            modulation = self.room(branches, count, length)
+            modulation = self.room(branches, count, len(transitions))
             step, make = self.modulate(z, modulation)
-            step[:] = np.repeat(np.arange(self.chain.length)[-length:], count)
+            step[:] = np.repeat(transitions, count)
             device.upload(step)()
             calls.append(make)
         inputs = {"path": path[rows], "modulation": modulation, "guidance": guidance, "coefficients": coefficients}

@@ -229,6 +229,8 @@ class Round:
     """`[R]`"""
     modulation: Array | None
     """`[n, R', G, M]` of all rows; None where they were judged part by part"""
+    places: IntArray
+    """`[n]` where each transition's lies in it"""
 
 
 class Redrafts:
@@ -259,7 +261,7 @@ class Redrafts:
         step = self._step(of, len(guidance), count, length)
         steps = np.arange(n)
         if step.taken is not None:
-            step.taken.reshape(length, -1)[:] = steps[-length:, None] * of.padded + of.where[rows[here]]
+            step.taken.reshape(length, -1)[:] = of.places[-length:, None] * of.padded + of.where[rows[here]]
         for part, at in step.z_rows:
             at.reshape(len(guidance), -1)[:] = of.z_rows[:, rows[here[part]]]
         step.guidance[:] = guidance[:, here]

@@ -61,6 +61,8 @@ class _Verify:
     """`[R', n, D]`; empty in `paper` mode"""
     modulation: Array | None
     """`[n, R', G, M]`, of all rows; None where they are judged part by part"""
+    places: IntArray
+    """`[n]` where each transition's lies in it"""
     run: ChainRun | None
     launch: BoundCall
 
@@ -154,7 +156,8 @@ class Steps:
         verify.launch()
         self.device.wait()
         padded_rows = np.arange(len(draft.path))
-        self._round = Round(target_ask, z_rows, len(padded_rows), padded_rows[rows.where], verify.modulation)
+        where = padded_rows[rows.where]
+        self._round = Round(target_ask, z_rows, len(padded_rows), where, verify.modulation, verify.places)
         return self._proposed(draft, rows), self._verified(verify, rows)
 
     def complete(
@@ -312,25 +315,54 @@ class Steps:
         assert target is not None
         # Where the target's own head drafts, its backbone has been called already.
         asking = [] if self.draft is None else [device.upload(*ask.inputs), *ask.run(device, staged.canvas)]
+        in_order = np.arange(target.head.chain.length)
         if self._aligned:
             rows = slice(0, len(draft.path))
             z_row, run, calls = self._sampling(target, ask.z, staged, rows, None)
             moved = device.upload(z_row, *run.inputs), *calls, device.download(*run.buffers.drawn)
-            return _Verify([z_row], [rows], np.zeros(0), None, run, device.record([*asking, *moved]))
+            return _Verify([z_row], [rows], np.zeros(0), None, in_order, run, device.record([*asking, *moved]))
         mean = device.zeros(draft.mean.shape, np.float32)
-        drawn = draft.runs[0] if self.draft is None else None
-        made = drawn.buffers.modulation if drawn is not None and drawn.whole else None
+        own = draft.runs[0] if self.draft is None else None
+        if own is not None and own.places is not None and len(draft.path) <= target.head.paths_per_call(branches):
+            launch = device.record([*asking, *self._judge_own(draft, own, mean), device.download(mean)])
+            return _Verify([], [], mean, own.buffers.modulation, own.places, None, launch)
         z_rows, z_parts, judging = [], [], []
-        parts = target.head.density(branches, draft.path, mean, made)
+        parts = target.head.density(branches, draft.path, mean)
         for part in parts:
-            if part.z is not None:
-                z_row = device.zeros((part.guidance.size,), np.int64)
-                judging.append(device.gather(part.z.reshape(len(z_row), -1), ask.z, z_row))
-                z_rows.append(z_row)
-                z_parts.append(part.rows)
+            assert part.z is not None
+            z_row = device.zeros((part.guidance.size,), np.int64)
+            judging.append(device.gather(part.z.reshape(len(z_row), -1), ask.z, z_row))
+            z_rows.append(z_row)
+            z_parts.append(part.rows)
             judging += [device.copy(part.guidance, staged.guidance[:, part.rows]), *part.calls]
         launch = device.record([*asking, device.upload(*z_rows), *judging, device.download(mean)])
-        return _Verify(z_rows, z_parts, mean, parts[0].modulation if len(parts) == 1 else None, None, launch)
+        modulation = parts[0].modulation if len(parts) == 1 else None
+        return _Verify(z_rows, z_parts, mean, modulation, in_order, None, launch)
+
+    def _judge_own(self, draft: _Draft, run: ChainRun, mean: Array) -> list[BoundCall]:
+        """What fills the target's means `mean [R', n, D]` of paths that its own head drafted.
+
+        Where it was evaluated to draft them, its means are the draft's. The other transitions are evaluated at once.
+        """
+        assert self.target is not None
+        device, head, (rows, n, dim) = self.device, self.target.head, mean.shape
+        calls = [device.copy(mean, draft.mean)]
+        others = np.flatnonzero(~self._evaluate) if self._evaluate is not None else np.arange(0)
+        if not len(others):
+            return calls
+        states = device.zeros((rows, len(others) + 1, dim), np.float32)
+        found = device.zeros((rows, len(others), dim), np.float32)
+        of_path, of_mean = (device.zeros(array.shape[:2], np.int64) for array in (states, found))
+        first = np.arange(rows)[:, None]
+        of_path[:] = first * (n + 1) + np.append(others, n)
+        of_mean[:] = first * n + others
+        device.upload(of_path, of_mean)()
+        calls.append(device.gather(states.reshape(-1, dim), draft.path.reshape(-1, dim), of_path.ravel()))
+        modulation = run.buffers.modulation[n - len(others) :]
+        (part,) = head.density(len(draft.staged.guidance), states, found, modulation, others)
+        calls += [device.copy(part.guidance, draft.staged.guidance), *part.calls]
+        calls.append(device.scatter(mean.reshape(-1, dim), found.reshape(-1, dim), of_mean.ravel()))
+        return calls
 
     def _make_complete(self, ask: Ask, branches: int, count: int, length: int) -> _Complete:
         device, target = self.device, self.target

@@ -12,7 +12,7 @@ from specdec_rt.build import profile as profiles
 from specdec_rt.build.profile import graph_profile
 from specdec_rt.build.recipe import Recipe, default_recipe, read_recipe
 from specdec_rt.bundle import load_bundle
-from specdec_rt.decode import chain, redraft
+from specdec_rt.decode import chain
 from specdec_rt.errors import RecipeError
 from specdec_rt.manifest import Binding, Decoder, Graph, GraphName, ImageLayout
 from specdec_rt.schedule import compile_chain, cosine_schedule
@@ -68,7 +68,7 @@ def test_any_recipes_profiles_fit_every_graph(name, buckets, draft_length):
     for model, graph in graphs_of(manifest):
         sizes = ranges(manifest, model, graph, recipe)
         if graph in (GraphName.DENOISE_STEP, GraphName.LOG_DENSITY):
-            least = min(redraft.LEAST, n) if graph is GraphName.LOG_DENSITY else n
+            least = 1 if graph is GraphName.LOG_DENSITY else n  # what a draft on the same head left out
             assert sizes["n"] == (least, n, n)
             assert sizes["G"] == (1, 2, 2)
             assert sizes.get("n_plus_1", (least + 1, n + 1, n + 1)) == (least + 1, n + 1, n + 1)
@@ -135,7 +135,6 @@ def test_limits_are_the_runtimes():
     assert profiles.STATES_PER_CALL == chain.STATES_PER_CALL
     assert profiles.MODULATION_VALUES == chain.MODULATION_VALUES
     assert profiles.BRANCHES == chain.BRANCHES
-    assert profiles.REDRAFTED == redraft.LEAST
     assert profiles.PIXELS_PER_CALL == pixels.PIXELS_PER_CALL
 
 
@@ -268,9 +267,9 @@ def test_inputs_may_repeat_what_another_says(read):
         ),
         (
             "log_density",
-            "[profiles.log_density.path]\nmin = [1, 24, 16]\nopt = [1, 24, 16]\nmax = [1, 25, 16]",
-            5,
-            "profiles.log_density.path.max has 25 where the bundle's graph has size n_plus_1 = 24; put 24",
+            "[profiles.log_density.path]\nmin = [1, 24, 16]\nopt = [1, 24, 16]\nmax = [1, 24, 16]",
+            3,
+            "profiles.log_density.path: size n_plus_1 runs from 24 to 24, which leaves out 2, a size that this bundle",
         ),
     ],
 )
@@ -298,15 +297,13 @@ def test_a_chain_of_another_length(tmp_path):
     assert ranges(manifest, manifest.target, GraphName.TIME_EMBEDDING, recipe_of())["n"] == (1, 48, 48)
 
 
-def test_ends_of_a_long_chain_stay_within_a_recipes_reach(tmp_path, read):
-    folder = copy_bundle(tmp_path / "copy")
-    edit_manifest(folder, "chain", "steps", value=50)
-    manifest = load_bundle(folder).manifest
-    text = "[profiles.log_density.coefficients]\nmin = [{0}, 4]\nopt = [48, 4]\nmax = [48, 4]"
+def test_parts_of_a_chain_stay_within_a_recipes_reach(read):
+    manifest = MANIFESTS["digits"]
+    text = "[profiles.log_density.coefficients]\nmin = [{0}, 4]\nopt = [23, 4]\nmax = [23, 4]"
     asked = manifest, manifest.target, GraphName.LOG_DENSITY
-    assert graph_profile(*asked, read(text.format(redraft.LEAST)))["coefficients"].min == (redraft.LEAST, 4)
-    with pytest.raises(RecipeError, match=r"size n runs from 48 to 48, which leaves out 24, a size"):
-        graph_profile(*asked, read(text.format(48)))
+    assert graph_profile(*asked, read(text.format(1)))["coefficients"].min == (1, 4)
+    with pytest.raises(RecipeError, match=r"size n runs from 23 to 23, which leaves out 1, a size"):
+        graph_profile(*asked, read(text.format(23)))
 
 
 # --- a builder's opinion -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from specdec_rt import BackendError, DecodeOptions, Pipeline, load
 from specdec_rt.backends.cuda import CudaDevice
 from specdec_rt.bundle import load_bundle
 from specdec_rt.decode import chain, redraft
+from specdec_rt.decode.steps import Steps
 
 CLOSE = 2e-4
 """Rounding between batch shapes may move a token by this much."""
@@ -89,6 +90,44 @@ def test_a_pipeline_whose_rounds_grow_and_shrink_is_the_hosts(host, cuda, monkey
         asked = {"labels": np.arange(images), "seed": 8, "mode": "exact", "draft": "self", "draft_steps": 5}
         found, expected = (each.generate(**asked).tokens for each in (pipeline, host["digits"]))
         assert np.abs(found - expected).max() <= MANY_CLOSE
+
+
+@pytest.mark.parametrize("draft_steps", [5, 22, 23])
+@pytest.mark.parametrize("name", ["digits", "digits-mar"])
+def test_a_target_evaluates_what_it_left_out_of_its_own_draft(name, draft_steps, monkeypatch):
+    """The other means are the draft's; all of them are what judging whole paths finds."""
+    rounds = []
+
+    def noted(*asked):
+        drawn, verified = launched(*asked)
+        rounds.append((drawn.path.copy(), drawn.mean.copy(), verified.copy()))
+        return drawn, verified
+
+    launched = Steps.round
+    monkeypatch.setattr(Steps, "round", noted)
+    asked = {"seed": 7, "mode": "exact", "draft": "self", "draft_steps": draft_steps, "progress": _stop}
+    for paths_per_call in (100, 2):  # the latter are judged part by part, on modulation of their own
+        monkeypatch.setattr(chain.Head, "paths_per_call", lambda *_, most=paths_per_call: most)
+        pipeline = load(name, backend="onnxruntime", threads=1)
+        with pytest.raises(_Enough):
+            pipeline.generate([3, 1, 4], **asked)
+    (path, drafted, own), (same, _, whole) = rounds[0], rounds[1]
+    evaluate = pipeline.session(DecodeOptions(mode="exact", draft="self", draft_steps=draft_steps)).plan.evaluate
+
+    assert (23 if evaluate is None else evaluate.sum()) == draft_steps
+    np.testing.assert_allclose(same, path, atol=1e-5)
+    np.testing.assert_allclose(own, whole, atol=1e-5)
+    if draft_steps < 23:
+        np.testing.assert_array_equal(own[:, evaluate], drafted[:, evaluate])
+        assert np.abs(own - drafted)[:, ~evaluate].max() > 1e-3
+
+
+class _Enough(Exception):  # noqa: N818  # no error
+    pass
+
+
+def _stop(*_):
+    raise _Enough
 
 
 def test_caches_of_an_engine_that_updates_nothing_in_place(host, cuda):
