@@ -4,7 +4,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ def machine_record(argv: list[str]) -> dict[str, Any]:
         "dirty": None if changed is None else bool(changed),
         "command": shlex.join(["python", "-m", "benchmarks", *argv]),
         "load_average": os.getloadavg()[0],
-        "executable": sys.executable,
     }
 
 
