@@ -101,7 +101,7 @@ class GraphTimes:
             calls = min(modulation_places(x, self._modulation_width(slot.owner), self._chain), RING)
         ring = itertools.cycle([bind_graph(self._pipeline, slot, sizes) for _ in range(calls)])
         # The mean: requests are sums of calls, slow ones among them.
-        return time_call(self._pipeline, lambda: next(ring)(), between=_nothing if again else self._sweep).mean
+        return time_call(self._pipeline, lambda: next(ring)(), between=None if again else self._sweep).mean
 
     def _sweep(self) -> None:
         self._swept += 1
@@ -141,11 +141,7 @@ def bind_graph(pipeline: Pipeline, slot: GraphSlot, sizes: Mapping[str, int]) ->
     return device.record([engine.bind(inputs, outputs)])
 
 
-def _nothing() -> None:
-    """What is done between calls that follow each other."""
-
-
-def time_call(pipeline: Pipeline, call: BoundCall, *, between: Callable[[], None] = _nothing) -> Times:
+def time_call(pipeline: Pipeline, call: BoundCall, *, between: Callable[[], None] | None = None) -> Times:
     """Some repeats, after one that does not count, with something done before each that does not count either."""
     wait = pipeline.backend.device.wait
     call()
@@ -153,7 +149,8 @@ def time_call(pipeline: Pipeline, call: BoundCall, *, between: Callable[[], None
     seconds: list[float] = []
     until = time.perf_counter() + SECONDS
     while len(seconds) < FEWEST or (time.perf_counter() < until and len(seconds) < MOST):
-        between()
+        if between is not None:
+            between()
         started = time.perf_counter()
         call()
         wait()
