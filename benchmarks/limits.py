@@ -22,9 +22,9 @@ from export.models.causal import CausalModel
 from export.models.mar import Mar, MarBackbone
 from specdec_rt.bench.graph_times import bind_graph, graph_sizes, time_call
 from specdec_rt.build.builder import GraphSlot, graph_slots
+from specdec_rt.chain import compile_chain
 from specdec_rt.manifest import Binding, GraphName
 from specdec_rt.pipeline import Pipeline
-from specdec_rt.schedule import compile_chain
 
 __all__ = ["graph_limits", "graph_work", "machine_limits"]
 
@@ -73,7 +73,7 @@ def graph_limits(
 ) -> list[dict[str, Any]]:
     """Each graph as a round calls it: backbones with one token, the target's also with γ, heads with one row an image.
 
-    `log_density` has γ rows an image.
+    `path_means` has γ rows an image.
     """
     manifest = pipeline.bundle.manifest
     pair = read_pair(pipeline.bundle.folder) if manifest.family == "causal" else read_mar_pair(pipeline.bundle.folder)
@@ -113,7 +113,7 @@ def _shapes(
         return [single, verify] if slot.owner == "target" and verify != single else [single]
     if slot.name is GraphName.MODULATION:
         return [(batch, chain)]
-    return [(batch * draft_length if slot.name is GraphName.LOG_DENSITY else batch, 1)]
+    return [(batch * draft_length if slot.name is GraphName.PATH_MEANS else batch, 1)]
 
 
 def graph_work(pair: CausalPair | MarPair, slot: GraphSlot, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def graph_work(pair: CausalPair | MarPair, slot: GraphSlot, sizes: Mapping[str, 
 def _multiplies(graph: GraphName | None, part: str) -> bool:
     """Whether a graph multiplies with the weights of a part of its module: a head's graphs share one module."""
     of_condition = "adaLN_modulation" in part or "cond_embed" in part
-    of_head = graph in (GraphName.MODULATION, GraphName.DENOISE_STEP, GraphName.LOG_DENSITY)
+    of_head = graph in (GraphName.MODULATION, GraphName.DENOISE_STEP, GraphName.PATH_MEANS)
     return "time_embed" not in part and (not of_head or of_condition == (graph is GraphName.MODULATION))
 
 

@@ -17,7 +17,7 @@ from specdec_rt.decode.chain import Trajectory
 from specdec_rt.decode.draft import Proposal
 from specdec_rt.decode.loop import Decoder
 from specdec_rt.decode.verify import ExactJudgement, PaperJudgement
-from specdec_rt.families.span import Span
+from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import FloatArray, IntArray
 
 __all__ = ["Observed", "observe"]
@@ -85,7 +85,7 @@ def _recorded(observed: Observed) -> Iterator[None]:
 
     class Watched(Decoder):
         def _judge(
-            self, span: Span, proposal: Proposal, verified: FloatArray | Trajectory
+            self, span: PositionBatch, proposal: Proposal, verified: FloatArray | Trajectory
         ) -> ExactJudgement | PaperJudgement:
             judgement = super()._judge(span, proposal, verified)
             observed.count(span.owner, span.ar_step, judgement)

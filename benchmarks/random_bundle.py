@@ -9,9 +9,9 @@ from pathlib import Path
 from benchmarks.mar_sizes import randomise
 from export.mar_models import MarPair, write_mar_bundle
 from export.models.mar import PRESETS, Mar
+from specdec_rt.chain import ChainSpec
 from specdec_rt.config import SELF_DRAFT
 from specdec_rt.manifest import Defaults
-from specdec_rt.schedule import ChainSpec
 
 __all__ = ["random_bundle"]
 

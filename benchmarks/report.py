@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.plots import Plot, plots_of
+from specdec_rt.cli.files import Write, write_together
 from specdec_rt.errors import UsageError
-from specdec_rt.output import Write, write_together
 
 __all__ = ["read_results", "write_report"]
 

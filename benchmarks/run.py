@@ -14,8 +14,8 @@ from benchmarks.machine import machine_record
 from benchmarks.scenario import RuntimeVariant, Scenario, TorchVariant, Variant
 from benchmarks.worker import Job, Measured
 from specdec_rt.bench.timing import Times
+from specdec_rt.cli.files import write_together
 from specdec_rt.manifest import MANIFEST
-from specdec_rt.output import write_together
 
 __all__ = ["Results", "run_scenario", "write_json"]
 

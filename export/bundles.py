@@ -27,6 +27,7 @@ from export.models.head import DiffusionHead
 from export.precision import write_variant
 from export.to_onnx import WeightsFile, export_graph, save_weights
 from specdec_rt.bundle import SCHEMA_VERSION, file_sha256, load_bundle
+from specdec_rt.chain import ChainSpec
 from specdec_rt.errors import OutputError
 from specdec_rt.manifest import (
     MANIFEST,
@@ -44,7 +45,6 @@ from specdec_rt.manifest import (
     decoder_bindings,
     graph_bindings,
 )
-from specdec_rt.schedule import ChainSpec
 from specdec_rt.types import Array
 
 __all__ = [
@@ -358,7 +358,7 @@ def _head_sources(
             DenoiseStepGraph(head, learned_variance=learned),
             [normal(EXAMPLE_ROWS, dim), modulation, guidance, coefficients, step, normal(EXAMPLE_ROWS, dim)],
         ),
-        GraphName.LOG_DENSITY: (
+        GraphName.PATH_MEANS: (
             LogDensityGraph(head, learned_variance=learned),
             [
                 normal(EXAMPLE_ROWS, EXAMPLE_STEPS + 1, dim),

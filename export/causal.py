@@ -22,9 +22,9 @@ from export.graphs import CausalBackboneGraph
 from export.models.causal import CausalBackbone, CausalBackboneSize, CausalModel
 from export.models.head import DiffusionHead
 from specdec_rt.bundle import load_bundle
+from specdec_rt.chain import ChainSpec
 from specdec_rt.errors import BundleError
 from specdec_rt.manifest import CacheShape, Defaults, ImageLayout, Manifest, Model, Precision
-from specdec_rt.schedule import ChainSpec
 
 __all__ = ["CausalPair", "read_pair", "write_bundle"]
 

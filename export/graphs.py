@@ -172,7 +172,7 @@ class DenoiseStepGraph(_HeadGraph):
 
 
 class LogDensityGraph(_HeadGraph):
-    """`log_density`: means (and learned stds) of all n transitions out of the states of whole paths, in one batch.
+    """`path_means`: means (and learned stds) of all n transitions out of the states of whole paths, in one batch.
 
     Modulation is laid out step by step, as chains are drawn: a head that verifies what it drafted makes it once.
     """

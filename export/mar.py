@@ -21,10 +21,10 @@ from export.mar_models import MarPair, image_layout, write_mar_bundle
 from export.models.mar import Mar, MarSize
 from export.precision import compute_precisions
 from specdec_rt.bundle import file_sha256
+from specdec_rt.chain import ChainSpec, compile_chain
 from specdec_rt.config import SELF_DRAFT, Mode
 from specdec_rt.errors import SpecDecError, UsageError
 from specdec_rt.manifest import Defaults, Precision
-from specdec_rt.schedule import ChainSpec, compile_chain
 
 __all__ = ["main"]
 

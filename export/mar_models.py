@@ -24,9 +24,9 @@ from export.graphs import DecoderGraph, MarBackboneGraph
 from export.models.mar import Mar, MarBackbone, MarSize
 from export.models.vae import VaeDecoder
 from specdec_rt.bundle import load_bundle
+from specdec_rt.chain import ChainSpec
 from specdec_rt.errors import BundleError, UsageError
 from specdec_rt.manifest import Defaults, ImageLayout, Manifest, Model, Precision
-from specdec_rt.schedule import ChainSpec
 
 __all__ = ["MarPair", "image_layout", "read_mar_pair", "write_mar_bundle"]
 

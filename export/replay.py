@@ -16,14 +16,15 @@ import numpy as np
 
 from export.reference import RecordingError, Reference
 from specdec_rt import DecodeOptions, Pipeline, UsageError
+from specdec_rt.ar_schedule import cosine_schedule
+from specdec_rt.chain import Chain
 from specdec_rt.decode.draft import Model
 from specdec_rt.decode.loop import Decoder
 from specdec_rt.decode.stats import Counters
 from specdec_rt.errors import BackendError
-from specdec_rt.families.span import Span
+from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.manifest import GraphName, Precision
 from specdec_rt.noise import Purpose
-from specdec_rt.schedule import Chain, cosine_schedule
 from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["Comparison", "replay"]
@@ -140,7 +141,7 @@ class _Replay:
             nothing = np.zeros(0)  # no token is unknown: there is nothing to compare
             return {name: (nothing, lambda: nothing) for name in (f"z_{count}", f"z_uncond_{count}")}
         order = np.argsort(unknown, axis=1, kind="stable")  # the known places first
-        span = Span.of(order, np.array([0, count, manifest.tokens]), np.ones(images, np.int64), 1)
+        span = PositionBatch.of(order, np.array([0, count, manifest.tokens]), np.ones(images, np.int64), 1)
         found = {}
         for name, of in ((f"z_{count}", labels), (f"z_uncond_{count}", np.full(images, manifest.classes))):
             backbone = self.pipeline.session(DecodeOptions(mode="target", guidance=1.0)).target.backbone
@@ -150,7 +151,7 @@ class _Replay:
             found[name] = (z, partial(self._at, name, shape, span))
         return found
 
-    def _at(self, name: str, shape: tuple[int, ...], span: Span) -> Array:
+    def _at(self, name: str, shape: tuple[int, ...], span: PositionBatch) -> Array:
         return self.reference.floats(name, *shape)[span.owner, span.place]
 
     def _labels(self) -> IntArray:

@@ -28,7 +28,7 @@ from specdec_rt.manifest import (
 
 __all__ = ["SCHEMA_VERSION", "Bundle", "embedded_bundles", "file_sha256", "load_bundle"]
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 RESERVED = (SELF_DRAFT, "target")
 """Names that no draft of a bundle may have."""
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from specdec_rt.chain import ChainSpec
 from specdec_rt.config import LARGEST, GuidanceSchedule, Mode
-from specdec_rt.schedule import ChainSpec
 
 __all__ = [
     "HEAD_GRAPHS",
@@ -46,10 +46,10 @@ class GraphName(StrEnum):
     TIME_EMBEDDING = "time_embedding"
     MODULATION = "modulation"
     DENOISE_STEP = "denoise_step"
-    LOG_DENSITY = "log_density"
+    PATH_MEANS = "path_means"
 
 
-HEAD_GRAPHS = (GraphName.TIME_EMBEDDING, GraphName.MODULATION, GraphName.DENOISE_STEP, GraphName.LOG_DENSITY)
+HEAD_GRAPHS = (GraphName.TIME_EMBEDDING, GraphName.MODULATION, GraphName.DENOISE_STEP, GraphName.PATH_MEANS)
 
 
 class _Record(BaseModel):
@@ -145,7 +145,7 @@ class Dimensions:
 class Manifest(_Record):
     """`manifest.json`."""
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     name: str
     family: Family
     precision: Precision
@@ -204,10 +204,10 @@ def _ints(name: str, *shape: int | str) -> Binding:
 def graph_bindings(name: GraphName, model: Model, dimensions: Dimensions) -> Bindings:
     """Inputs and outputs that graph `name` of `model` must have; letters as in `types`.
 
-    In `denoise_step` and `log_density` the rows' prediction is the sum over the G guidance branches of
+    In `denoise_step` and `path_means` the rows' prediction is the sum over the G guidance branches of
     `guidance[g] ε̂(z[g])`; `coefficients` is `Chain.coefficients`, `time_table` holds `time_embedding`
     of each of the chain's n steps. `modulation` makes what P pairs of a row and a step need of z and time, in
-    each of G branches; `log_density` takes it step by step.
+    each of G branches; `path_means` takes it step by step.
     `std` stands only where variances are learned: σ of each value, which the first branch alone decides
     (as in MAR).
     """
@@ -229,7 +229,7 @@ def graph_bindings(name: GraphName, model: Model, dimensions: Dimensions) -> Bin
             state, noise = _floats("state", "R", dim), _floats("noise", "R", dim)
             drawn = _floats("next_state", "R", dim), _floats("mean", "R", dim), *std
             return (state, made, guidance, coefficients, _ints("step", "R"), noise), drawn
-        case GraphName.LOG_DENSITY:
+        case GraphName.PATH_MEANS:
             std = (_floats("std", "R", "n", dim),) if dimensions.learned_variance else ()
             path = _floats("path", "R", "n_plus_1", dim)
             made = _floats("modulation", "n", "R", "G", model.modulation_width or 0)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from specdec_rt.backends.base import Backend, Engine, run_once
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import read_recipe
 from specdec_rt.build.select import open_backend
 from specdec_rt.bundle import Bundle, load_bundle
+from specdec_rt.chain import Chain, ChainSpec, compile_chain
 from specdec_rt.config import DecodeOptions, Mode, check_whole_number
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import Model
@@ -24,7 +26,6 @@ from specdec_rt.decode.pace import Pace
 from specdec_rt.decode.plan import make_plan
 from specdec_rt.decode.stats import Counters, Stats
 from specdec_rt.decode.steps import Steps
-from specdec_rt.engine import Backend, Engine, run_once
 from specdec_rt.errors import BundleError, UsageError
 from specdec_rt.families.backbone import Backbone
 from specdec_rt.families.causal import CausalBackbone
@@ -33,9 +34,8 @@ from specdec_rt.manifest import Graph, GraphName
 from specdec_rt.manifest import Model as ModelRecord
 from specdec_rt.noise import NoiseSource
 from specdec_rt.pixels import decode_pixels, lay_patches, to_bytes
-from specdec_rt.schedule import Chain, ChainSpec, compile_chain
-from specdec_rt.side_by_side import side_by_side
 from specdec_rt.types import Array, FloatArray, IntArray
+from specdec_rt.workers import run_workers
 
 __all__ = ["Pipeline", "Result", "load"]
 
@@ -175,7 +175,7 @@ class Pipeline:
                 for session, part, places in zip(sessions, parts, lanes, strict=True)
             ]
             started = time.perf_counter()
-            made = [tasks[0](tell)] if count == 1 else side_by_side(tasks, tell)
+            made = [tasks[0](tell)] if count == 1 else run_workers(tasks, tell)
             tokens: FloatArray = np.concatenate([part for part, _ in made])
             images = self.draw(tokens)
             seconds = time.perf_counter() - started
@@ -286,7 +286,7 @@ class Pipeline:
             device,
             self.engine(record, GraphName.MODULATION),
             self.engine(record, GraphName.DENOISE_STEP),
-            self.engine(record, GraphName.LOG_DENSITY),
+            self.engine(record, GraphName.PATH_MEANS),
             table,
             chain,
             self.bundle.manifest.token_dim,

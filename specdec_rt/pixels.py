@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from specdec_rt.engine import Device, Engine, run_once
+from specdec_rt.backends.base import Device, Engine, run_once
 from specdec_rt.manifest import Family, ImageLayout
 from specdec_rt.types import Array, FloatArray
 

@@ -7,11 +7,11 @@ from typing import Literal
 
 from benchmarks.gpu.torch_device import TorchBackend, TorchDevice
 from specdec_rt.backends.availability import AUTO_ORDER, check
+from specdec_rt.backends.base import Backend
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import PrecisionTable, Recipe, default_recipe
 from specdec_rt.build.select import open_backend
 from specdec_rt.bundle import Bundle
-from specdec_rt.engine import Backend
 from specdec_rt.manifest import Precision
 
 __all__ = ["PYTORCH", "Candidate", "Kind", "candidates", "recipe_for", "working_backends"]

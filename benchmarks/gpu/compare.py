@@ -24,9 +24,9 @@ from rich.table import Table
 from specdec_rt.backends.availability import driver
 from specdec_rt.build.builder import graph_slots
 from specdec_rt.bundle import Bundle, load_bundle
+from specdec_rt.chain import compile_chain
 from specdec_rt.errors import BackendError, BundleError
 from specdec_rt.manifest import Binding, Graph, Precision
-from specdec_rt.schedule import compile_chain
 from specdec_rt.types import Array
 
 BACKENDS = ("tensorrt-rtx", "tensorrt", "cuda", "onnxruntime")

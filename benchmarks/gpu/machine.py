@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdec_rt import doctor
 from specdec_rt.backends.availability import driver
 from specdec_rt.backends.installed import installed_version
+from specdec_rt.cli import doctor
 from specdec_rt.errors import BackendError
 
 __all__ = ["machine_record", "write_json"]

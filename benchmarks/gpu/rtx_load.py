@@ -17,16 +17,16 @@ import numpy as np
 
 from benchmarks.gpu.machine import machine_record, write_json
 from specdec_rt.backends.availability import driver
+from specdec_rt.backends.base import run_once
 from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
-from specdec_rt.backends.tensorrt import BuildSettings, Flavour, build_plan, deserialise, probe
+from specdec_rt.backends.tensorrt import BuildSettings, TensorRTModule, build_plan, deserialise, probe
 from specdec_rt.build.builder import GraphSlot, graph_slots
 from specdec_rt.build.profile import graph_profile
 from specdec_rt.build.recipe import default_recipe
 from specdec_rt.bundle import Bundle, load_bundle
-from specdec_rt.engine import run_once
+from specdec_rt.chain import compile_chain
 from specdec_rt.errors import BackendError
 from specdec_rt.manifest import GraphName
-from specdec_rt.schedule import compile_chain
 from specdec_rt.types import Array
 
 __all__ = ["main"]
@@ -54,7 +54,7 @@ def main() -> None:
     write_json(given.out, {**record, "loads": any(one["loaded"] for one in record["attempts"])})
 
 
-def attempts(flavour: Flavour, bundle: Bundle) -> Iterator[dict[str, Any]]:
+def attempts(flavour: TensorRTModule, bundle: Bundle) -> Iterator[dict[str, Any]]:
     """What became of each graph, for each choice of compute capabilities."""
     for capabilities in _choices(flavour):
         for slot in graph_slots(bundle.manifest):
@@ -62,7 +62,7 @@ def attempts(flavour: Flavour, bundle: Bundle) -> Iterator[dict[str, Any]]:
                 yield _attempt(flavour, bundle, slot, capabilities)
 
 
-def _choices(flavour: Flavour) -> list[tuple[str, ...]]:
+def _choices(flavour: TensorRTModule) -> list[tuple[str, ...]]:
     try:
         own = driver().gpus[0].compute_capability
     except BackendError:
@@ -71,7 +71,7 @@ def _choices(flavour: Flavour) -> list[tuple[str, ...]]:
     return [(own,), ()] if named else [()]
 
 
-def _attempt(flavour: Flavour, bundle: Bundle, slot: GraphSlot, capabilities: tuple[str, ...]) -> dict[str, Any]:
+def _attempt(flavour: TensorRTModule, bundle: Bundle, slot: GraphSlot, capabilities: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "graph": slot.label,
         "built_for": ", ".join(capabilities) or "the library's own choice",
@@ -95,7 +95,7 @@ def _attempt(flavour: Flavour, bundle: Bundle, slot: GraphSlot, capabilities: tu
     return found
 
 
-def _run(flavour: Flavour, bundle: Bundle, slot: GraphSlot, plan: bytes) -> float:
+def _run(flavour: TensorRTModule, bundle: Bundle, slot: GraphSlot, plan: bytes) -> float:
     """How far `time_embedding` is from ONNX Runtime's on the CPU, relative L2."""
     from specdec_rt.backends.cuda import CudaDevice  # imports nothing of CUDA before a device is made
     from specdec_rt.backends.tensorrt_engine import TensorRtEngine

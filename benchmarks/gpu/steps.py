@@ -12,12 +12,12 @@ import numpy as np
 
 from benchmarks.gpu.timing import Clock, TimedDevice
 from specdec_rt import DecodeOptions, Pipeline
+from specdec_rt.backends.base import Backend
 from specdec_rt.bundle import Bundle
 from specdec_rt.decode import redraft
 from specdec_rt.decode.draft import ChainNoise
 from specdec_rt.decode.loop import Session
-from specdec_rt.engine import Backend
-from specdec_rt.families.span import Span
+from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import FloatArray, IntArray
 
 __all__ = ["STEPS", "Stage", "measure_steps", "timed_pipeline"]
@@ -86,9 +86,9 @@ class Stage:
     session: Session
     tokens: FloatArray
     """`[A, L, D]`"""
-    first: Span
+    first: PositionBatch
     """the next AR step"""
-    span: Span
+    span: PositionBatch
     """the next γ"""
     normals: FloatArray
     """`[R, n + 1, D]` of the span's rows"""
@@ -98,14 +98,14 @@ class Stage:
         """Begin a batch of as many lanes as the device takes for it."""
         rng = np.random.default_rng(SEED)
         manifest, plan, steps = bundle.manifest, session.plan, session.steps
-        lanes = steps.device.lanes(batch)
+        lanes = steps.device.batch_bucket(batch)
         for model in steps.models:
             model.backbone.begin(np.arange(lanes) % manifest.classes)
         order = np.tile(np.arange(manifest.tokens), (lanes, 1))
         if plan.random_order:
             order = rng.permuted(order, axis=1)
         step = np.full(lanes, plan.schedule.steps // 2)
-        span = Span.of(order, plan.schedule.known, step, plan.draft_length)
+        span = PositionBatch.of(order, plan.schedule.known, step, plan.draft_length)
         tokens = rng.standard_normal((lanes, manifest.tokens, manifest.token_dim), np.float32)
         length = session.lead.head.chain.length
         normals = rng.standard_normal((len(span.owner), length + 1, manifest.token_dim), np.float32)
@@ -125,7 +125,7 @@ class Stage:
     def _begin(self) -> int:
         return self.session.target.head.chain.length // 2
 
-    def counts(self, span: Span) -> dict[str, int]:
+    def counts(self, span: PositionBatch) -> dict[str, int]:
         """How much work a step over `span` is."""
         return {"rows": len(span.owner), "chain": self.session.target.head.chain.length}
 

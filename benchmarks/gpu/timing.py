@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from specdec_rt.engine import BoundCall, Device
+from specdec_rt.backends.base import BoundCall, Device
 
 __all__ = ["CLOCK", "Clock", "Deadline", "TimedDevice", "summary"]
 
@@ -43,7 +43,7 @@ class TimedDevice:
         return getattr(self._device, name)
 
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:
-        """As in `engine.Device`; a launch is waited for."""
+        """As in `base.Device`; a launch is waited for."""
         step, wait = self._device.record(calls), self._device.wait
 
         def launch() -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.torch_graphs import TorchGraph, torch_graphs
+from specdec_rt.backends.base import BoundCall, Engine, Limits
 from specdec_rt.bundle import Bundle
-from specdec_rt.engine import BoundCall, Engine, Limits
 from specdec_rt.manifest import Precision
 from specdec_rt.types import Array, FloatArray
 
@@ -45,7 +45,7 @@ class _Move:
 
 
 class TorchDevice:
-    """As in `engine.Device`, on a torch device; sizes are padded as on `CudaDevice`.
+    """As in `base.Device`, on a torch device; sizes are padded as on `CudaDevice`.
 
     On a GPU host arrays are pinned. A captured step moves what goes up, then replays its graph, then moves what
     comes down: what a program with static input tensors does.
@@ -63,10 +63,10 @@ class TorchDevice:
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs work one after the other
 
     def activate(self) -> None:
-        """As in `engine.Device`; torch does so by itself."""
+        """As in `base.Device`; torch does so by itself."""
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic], *, staged: bool = True) -> Array:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         kind = _DTYPES[np.dtype(dtype)]
         host = torch.zeros(shape, dtype=kind, pin_memory=self.cuda and staged)
         twin = torch.zeros(shape, dtype=kind, device=self.name)
@@ -74,8 +74,8 @@ class TorchDevice:
         insort(self._begins, host.data_ptr())
         return np.asarray(host.numpy())
 
-    def pitched(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
-        """As in `engine.Device`; torch takes any part of an array."""
+    def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+        """As in `base.Device`; torch takes any part of an array."""
         return self.zeros(shape, dtype)
 
     def twin(self, view: Array) -> Tensor:
@@ -88,11 +88,11 @@ class TorchDevice:
         return torch.as_strided(twin, view.shape, strides, (at - begin) // view.itemsize)
 
     def upload(self, *arrays: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         return _Move("up", [(self.twin(array), self._host(array)) for array in arrays])
 
     def download(self, *arrays: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         return _Move("down", [(self._host(array), self.twin(array)) for array in arrays])
 
     def _host(self, view: Array) -> Tensor:
@@ -102,24 +102,24 @@ class TorchDevice:
         return torch.as_strided(host, view.shape, strides, (view.ctypes.data - begin) // view.itemsize)
 
     def copy(self, destination: Array, source: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         to, of = self.twin(destination), self.twin(np.broadcast_to(source, destination.shape))
         return lambda: _ignore(to.copy_(of))
 
     def gather(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         to, of, rows = self.twin(destination), self.twin(source), self.twin(index)
         return lambda: _ignore(torch.index_select(of, 0, rows, out=to))
 
     def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         to, of, rows = self.twin(destination), self.twin(source), self.twin(index)
         return lambda: _ignore(to.index_copy_(0, rows, of))
 
     def recur(
         self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
     ) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         states, means, normals = (self.twin(array) for array in (path, mean, noise))
         first, second = (self.twin(array) for array in held)
 
@@ -141,7 +141,7 @@ class TorchDevice:
         window: tuple[Array, Array],
         factors: Array,
     ) -> BoundCall:
-        """As in `engine.Device`: all steps of all rows, of which those outside of a row's window change nothing."""
+        """As in `base.Device`: all steps of all rows, of which those outside of a row's window change nothing."""
         states, means, normals, last = (self.twin(array) for array in (path, mean, noise, state))
         next_state, first_mean, at, end, table = (self.twin(array) for array in (*made, *window, factors))
         rows, length = torch.arange(len(states), device=states.device), means.shape[1]
@@ -163,7 +163,7 @@ class TorchDevice:
         return call
 
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         return _Step(calls, self._capture if self.graphs else None)
 
     def _capture(self, calls: Sequence[BoundCall]) -> BoundCall:
@@ -175,15 +175,15 @@ class TorchDevice:
         return graph.replay
 
     def wait(self) -> None:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         if self.cuda:
             torch.cuda.synchronize()
 
-    def lanes(self, images: int) -> int:
+    def batch_bucket(self, images: int) -> int:
         """As on `CudaDevice`."""
         return next((bucket for bucket in self._buckets if bucket >= images), images)
 
-    def padded(self, count: int, limit: int) -> int:
+    def bucketed(self, count: int, limit: int) -> int:
         """As on `CudaDevice`."""
         return next(size for size in (-(-limit // 4), -(-limit // 2), limit) if size >= count)
 
@@ -233,7 +233,7 @@ class TorchBackend:
 
 
 class TorchEngine:
-    """A module; as in `engine.Engine`."""
+    """A module; as in `base.Engine`."""
 
     in_place = True
 
@@ -242,7 +242,7 @@ class TorchEngine:
         self.inputs, self.outputs = frozenset(graph.inputs), frozenset(graph.outputs)
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002  # the protocol's
-        """As in `engine.Engine`."""
+        """As in `base.Engine`."""
         given = [self._device.twin(inputs[name]) for name in self._graph.inputs]
         wanted = [self._device.twin(outputs[name]) for name in self._graph.outputs]
         module = self._graph.module

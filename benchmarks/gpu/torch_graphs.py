@@ -72,7 +72,7 @@ def _module(pair: CausalPair | MarPair, slot: GraphSlot, *, learned: bool) -> nn
             return _Tuple(ModulationGraph(_casting(head)))
         case GraphName.DENOISE_STEP:
             return DenoiseStepGraph(_casting(head), learned_variance=learned)
-        case GraphName.LOG_DENSITY:
+        case GraphName.PATH_MEANS:
             return LogDensityGraph(_casting(head), learned_variance=learned)
 
 

@@ -9,8 +9,9 @@ from benchmarks.torch_baselines.head import HeadSampler
 from benchmarks.torch_baselines.mar import MarBaseline
 from export.causal import read_pair
 from export.mar_models import read_mar_pair
+from specdec_rt.ar_schedule import cosine_schedule, guidance_weights, raster_schedule
 from specdec_rt.bundle import Bundle
-from specdec_rt.schedule import compile_chain, cosine_schedule, guidance_weights, raster_schedule
+from specdec_rt.chain import compile_chain
 
 __all__ = ["Baseline", "Request", "build_baseline"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from export.models.head import DiffusionHead
-from specdec_rt.schedule import Chain
+from specdec_rt.chain import Chain
 
 __all__ = ["HeadSampler"]
 

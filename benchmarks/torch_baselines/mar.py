@@ -12,7 +12,7 @@ from benchmarks.torch_baselines.clock import Parts
 from benchmarks.torch_baselines.head import HeadSampler
 from benchmarks.torch_baselines.noise import Noise
 from export.models.mar import Block, Mar
-from specdec_rt.schedule import ArSchedule
+from specdec_rt.ar_schedule import ArSchedule
 from specdec_rt.types import FloatArray
 
 __all__ = ["MarBaseline"]

@@ -14,8 +14,8 @@ from export.digits.distil import distil_adapter
 from export.digits.training import FitOptions, NextToken, denoising_loss, fit
 from export.models.causal import CausalBackbone, CausalBackboneSize, CausalModel
 from export.models.head import DiffusionHead
+from specdec_rt.chain import ChainSpec, compile_chain
 from specdec_rt.manifest import Defaults, ImageLayout
-from specdec_rt.schedule import ChainSpec, compile_chain
 
 __all__ = ["CHAIN", "provenance", "train_causal_pair"]
 

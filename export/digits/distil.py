@@ -11,7 +11,7 @@ from export.digits.data import CLASSES, Digits
 from export.digits.training import FitOptions, Task, backbone_of, fit, path_divergence_loss, prepare_tokens
 from export.models.causal import CausalBackbone, CausalModel
 from export.models.mar import Mar, MarBackbone
-from specdec_rt.schedule import Chain
+from specdec_rt.chain import Chain
 
 __all__ = ["distil_adapter"]
 

@@ -11,8 +11,8 @@ from export.digits.distil import distil_adapter
 from export.digits.training import FitOptions, Masked, denoising_loss, fit
 from export.mar_models import MarPair
 from export.models.mar import Mar, MarBackbone, MarSize
+from specdec_rt.chain import compile_chain
 from specdec_rt.manifest import Defaults
-from specdec_rt.schedule import compile_chain
 
 __all__ = ["train_mar_pair"]
 

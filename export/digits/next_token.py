@@ -14,7 +14,7 @@ from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import ChainNoise, Proposal
 from specdec_rt.decode.loop import PAPER_TRIES
 from specdec_rt.decode.verify import ResidualDraws, complete_exact, complete_paper, judge_exact, judge_paper
-from specdec_rt.families.span import Span
+from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import FloatArray
 
 __all__ = ["energy_distance", "next_token_distances"]
@@ -71,7 +71,7 @@ def _contexts(pipeline: Pipeline, draft: str) -> tuple[Any, list[Context]]:
     session = pipeline.session(DecodeOptions(mode="exact", draft=draft, ar_steps=manifest.tokens))
     order = np.stack([rng.permutation(manifest.tokens) for _ in labels])
     count = rng.integers(0, manifest.tokens, CONTEXTS)
-    span = Span.of(order, np.arange(manifest.tokens + 1), count, 1)
+    span = PositionBatch.of(order, np.arange(manifest.tokens + 1), count, 1)
     for model in session.steps.models:
         model.backbone.begin(labels)
     z, draft_z = (model.backbone.condition(known, span) for model in session.steps.models)

@@ -15,7 +15,7 @@ from export.digits.data import CLASSES, TOKENS, Digits, patchify
 from export.models.causal import CausalModel
 from export.models.head import DiffusionHead
 from export.models.mar import Mar
-from specdec_rt.schedule import TRAINING_STEPS, Chain, cosine_alpha_bar
+from specdec_rt.chain import TRAINING_STEPS, Chain, cosine_alpha_bar
 
 __all__ = [
     "FitOptions",

@@ -15,7 +15,7 @@ from specdec_rt.backends.installed import (
     onnxruntime_problem,
     preload_libraries,
 )
-from specdec_rt.backends.tensorrt import Flavour, probe
+from specdec_rt.backends.tensorrt import TensorRTModule, probe
 from specdec_rt.errors import BackendError, UsageError
 
 __all__ = ["AUTO_ORDER", "Availability", "Driver", "Gpu", "check", "driver", "gpu"]
@@ -225,7 +225,7 @@ def _check_tensorrt() -> str:
     return _runs_on(found.gpus[0])
 
 
-def _flavour(backend: str, found: Driver) -> Flavour:
+def _flavour(backend: str, found: Driver) -> TensorRTModule:
     flavour = probe(backend)
     for major in (13, 12):
         if installed_version(f"{backend}-cu{major}") is not None:

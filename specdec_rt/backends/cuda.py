@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from specdec_rt.backends.base import BoundCall
+from specdec_rt.backends.device_allocations import DeviceAllocations
 from specdec_rt.backends.graph import Recording
 from specdec_rt.backends.kernels import KERNELS, compile_kernels
-from specdec_rt.backends.twins import Twins
-from specdec_rt.engine import BoundCall
 from specdec_rt.errors import BackendError
 from specdec_rt.types import Array, FloatArray
 
@@ -28,7 +28,7 @@ SCRATCH_BYTES = 2**26
 
 
 class CudaDevice:
-    """As in `engine.Device`, on GPU `ordinal`.
+    """As in `base.Device`, on GPU `ordinal`.
 
     Batches are padded to one of `batch_buckets` (ascending), other sizes to a quarter of their limit, half of it
     or all, so that few shapes are captured. Without `graphs` the same calls run one by one.
@@ -49,20 +49,20 @@ class CudaDevice:
         self.kept_shapes = KEPT_SHAPES  # padded sizes are few, and a captured step is dear to make
         self._buckets = tuple(batch_buckets)
         self._pinned = core.LegacyPinnedMemoryResource()
-        self._twins = Twins()
+        self._twins = DeviceAllocations()
         self._dropped: list[Any] = []
         """buffers that nobody holds any more, to be given back when no work is outstanding"""
         self._scratch: list[Any] = []
         self._kernels = compile_kernels(core, self._device.arch)
 
     def activate(self) -> None:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         self._device.set_current()
 
     # --- memory ---------------------------------------------------------------------------------------
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic], *, staged: bool = True) -> Array:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
         memory = self._allocate(size)
         memory.fill(0, stream=self.stream)
@@ -104,12 +104,12 @@ class CudaDevice:
         return address
 
     def upload(self, *arrays: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         moves = [(self._twins.address(array), array.ctypes.data, _extent(array)) for array in arrays]
         return self._memory_copies(moves, arrays)
 
     def download(self, *arrays: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         moves = [(array.ctypes.data, self._twins.address(array), _extent(array)) for array in arrays]
         return self._memory_copies(moves, arrays)
 
@@ -124,8 +124,8 @@ class CudaDevice:
 
         return call
 
-    def pitched(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
-        """As in `engine.Device`; the gaps belong to nobody, and are moved along."""
+    def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+        """As in `base.Device`; the gaps belong to nobody, and are moved along."""
         length, *inner = shape
         values = math.prod(inner)
         pitch = -(-values * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT // np.dtype(dtype).itemsize
@@ -135,7 +135,7 @@ class CudaDevice:
     # --- kernels --------------------------------------------------------------------------------------
 
     def copy(self, destination: Array, source: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         source = np.broadcast_to(source, destination.shape)
         if destination.ndim > MOST_AXES:
             raise BackendError(f"a copy of {destination.ndim} axes; at most {MOST_AXES} are supported")
@@ -152,19 +152,19 @@ class CudaDevice:
         )
 
     def gather(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         width = np.int64(source.shape[1])
         return self._launch("gather_rows", destination.size, (destination, source, index), [width])
 
     def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         width = np.int64(source.shape[1])
         return self._launch("scatter_rows", source.size, (destination, source, index), [width])
 
     def recur(
         self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
     ) -> BoundCall:
-        """As in `engine.Device`: two launches a step."""
+        """As in `base.Device`: two launches a step."""
         calls = []
         for each, (of_state, of_first, of_second, std) in enumerate(factors.tolist()):
             terms = [(of_state, path[each]), (of_first, held[0]), (of_second, held[1])]
@@ -187,7 +187,7 @@ class CudaDevice:
         window: tuple[Array, Array],
         factors: Array,
     ) -> BoundCall:
-        """As in `engine.Device`: one launch, a thread for each value of a state."""
+        """As in `base.Device`: one launch, a thread for each value of a state."""
         arrays = (path, mean, noise, state, *made, *window, factors)
         return self._launch("recur_rows", state.size, arrays, [np.int64(size) for size in mean.shape[:0:-1]])
 
@@ -214,11 +214,11 @@ class CudaDevice:
     # --- steps ----------------------------------------------------------------------------------------
 
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         return Recording(self.stream, calls, capture=self.graphs)
 
     def wait(self) -> None:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         try:
             self.stream.sync()
         except Exception as error:  # the driver's errors have a type of their own
@@ -226,11 +226,11 @@ class CudaDevice:
         while self._dropped:
             self._dropped.pop().close()
 
-    def lanes(self, images: int) -> int:
+    def batch_bucket(self, images: int) -> int:
         """The smallest bucket that holds so many; itself beyond the largest."""
         return next((bucket for bucket in self._buckets if bucket >= images), images)
 
-    def padded(self, count: int, limit: int) -> int:
+    def bucketed(self, count: int, limit: int) -> int:
         """A quarter of `limit`, half of it or all: few sizes are captured, and at most half the work is wasted."""
         return next(size for size in (-(-limit // 4), -(-limit // 2), limit) if size >= count)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from specdec_rt.engine import BoundCall
+from specdec_rt.backends.base import BoundCall
 from specdec_rt.errors import BackendError
 
 __all__ = ["Recording"]

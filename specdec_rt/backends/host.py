@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from specdec_rt.engine import BoundCall
+from specdec_rt.backends.base import BoundCall
 from specdec_rt.types import Array, FloatArray
 
 __all__ = ["HostDevice"]
@@ -18,7 +18,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class HostDevice:
-    """As in `engine.Device`; shapes are never padded, and so there are many of them."""
+    """As in `base.Device`; shapes are never padded, and so there are many of them."""
 
     kept_shapes: int = 32
 
@@ -29,7 +29,7 @@ class HostDevice:
         """An array of zeros."""
         return np.zeros(shape, dtype)
 
-    def pitched(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+    def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
         """An array of zeros: engines take any part of it."""
         return np.zeros(shape, dtype)
 
@@ -40,11 +40,11 @@ class HostDevice:
     download = upload
 
     def copy(self, destination: Array, source: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
         return lambda: np.copyto(destination, source)
 
     def gather(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
 
         def call() -> None:
             # Any mode but "raise" spares NumPy a buffer: indices are the program's own.
@@ -53,7 +53,7 @@ class HostDevice:
         return call
 
     def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `engine.Device`."""
+        """As in `base.Device`."""
 
         def call() -> None:
             destination[index] = source
@@ -63,7 +63,7 @@ class HostDevice:
     def recur(
         self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
     ) -> BoundCall:
-        """As in `engine.Device`: unrolled into one product, of what all of it depends on."""
+        """As in `base.Device`: unrolled into one product, of what all of it depends on."""
         steps, size = len(mean), mean[0].size
         unrolled = _unrolled(factors)
         given, made = np.empty((3 + steps, size)), np.empty((2 * steps, size))
@@ -91,7 +91,7 @@ class HostDevice:
         window: tuple[Array, Array],
         factors: Array,
     ) -> BoundCall:
-        """As in `engine.Device`: a product for each window that there is, which rows mostly share."""
+        """As in `base.Device`: a product for each window that there is, which rows mostly share."""
         (next_state, first_mean), (begins, ends) = made, window
         unrolled = lru_cache(maxsize=256)(lambda at, end: _unrolled(factors[at + 1 : end, :3]))
 
@@ -111,7 +111,7 @@ class HostDevice:
         return call
 
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:
-        """As in `engine.Device`: they run one after the other."""
+        """As in `base.Device`: they run one after the other."""
         kept = tuple(call for call in calls if call is not _nothing)
 
         def run() -> None:
@@ -123,11 +123,11 @@ class HostDevice:
     def wait(self) -> None:
         """Nothing is ever outstanding."""
 
-    def lanes(self, images: int) -> int:
+    def batch_bucket(self, images: int) -> int:
         """As many as there are images."""
         return images
 
-    def padded(self, count: int, limit: int) -> int:  # noqa: ARG002  # the protocol's
+    def bucketed(self, count: int, limit: int) -> int:  # noqa: ARG002  # the protocol's
         """The size itself."""
         return count
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from specdec_rt.backends.base import BoundCall, Limits
 from specdec_rt.backends.host import HostDevice
-from specdec_rt.engine import BoundCall, Limits
 from specdec_rt.errors import BackendError
 from specdec_rt.manifest import WEIGHTS_KEY
 from specdec_rt.types import Array
@@ -68,7 +68,7 @@ def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
 
 
 class OnnxRuntimeEngine:
-    """A session, and for calls of few rows one on a single core; `bind` as in `engine.Engine`."""
+    """A session, and for calls of few rows one on a single core; `bind` as in `base.Engine`."""
 
     in_place = True
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import onnxruntime
 
+from specdec_rt.backends.base import BoundCall, Limits
 from specdec_rt.backends.cuda import CudaDevice
 from specdec_rt.backends.installed import preload_libraries
 from specdec_rt.backends.onnxruntime import check_buffers, declared_values
-from specdec_rt.engine import BoundCall, Limits
 from specdec_rt.errors import BackendError
 from specdec_rt.types import Array
 
@@ -65,7 +65,7 @@ class OnnxRuntimeCudaBackend:
 
 
 class OnnxRuntimeCudaEngine:
-    """One session; as in `engine.Engine`."""
+    """One session; as in `base.Engine`."""
 
     in_place = True
 
@@ -76,7 +76,7 @@ class OnnxRuntimeCudaEngine:
         self._graph_ids = itertools.count(1)
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:
-        """As in `engine.Engine`."""
+        """As in `base.Engine`."""
         check_buffers(self._path, "inputs", self._inputs, inputs)
         check_buffers(self._path, "outputs", self._outputs, outputs)
         binding, address = self._session.io_binding(), self._device.address

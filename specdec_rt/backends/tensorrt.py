@@ -21,10 +21,10 @@ from specdec_rt.errors import BackendError
 __all__ = [
     "BuildSettings",
     "Capabilities",
-    "Flavour",
     "Plan",
     "Progress",
     "Shapes",
+    "TensorRTModule",
     "build_plan",
     "deserialise",
     "probe",
@@ -83,7 +83,7 @@ class Capabilities:
 
 
 @dataclass(frozen=True)
-class Flavour:
+class TensorRTModule:
     """One of the modules, imported and looked over."""
 
     backend: str
@@ -122,7 +122,7 @@ class Plan:
     timing_cache: bytes | None
 
 
-def probe(backend: str) -> Flavour:
+def probe(backend: str) -> TensorRTModule:
     """The module of a backend. Raises BackendError saying why it cannot be used, and what to install."""
     title, name = _TITLES[backend], _MODULES[backend]
     install = f'pip install "specdec-rt[{backend}]"'
@@ -138,7 +138,7 @@ def probe(backend: str) -> Flavour:
     missing = [name for name in _NEEDED if not _has(module, name)]
     if missing:
         raise BackendError(f"{title} {version} is too old, it has no {missing[0]}; expected TensorRT 10 or later")
-    return Flavour(backend, module, version, _capabilities(module))
+    return TensorRTModule(backend, module, version, _capabilities(module))
 
 
 def _has(module: ModuleType, dotted: str) -> bool:
@@ -167,7 +167,7 @@ def _capabilities(module: ModuleType) -> Capabilities:
 
 
 def build_plan(
-    flavour: Flavour,
+    flavour: TensorRTModule,
     onnx_path: Path,
     profiles: Mapping[str, Shapes],
     *,
@@ -231,7 +231,7 @@ class _Watch:
 
 
 def _build(
-    flavour: Flavour,
+    flavour: TensorRTModule,
     logger: Opaque,
     path: Path,
     profiles: Mapping[str, Shapes],
@@ -274,7 +274,7 @@ def _mend(logger: Opaque, settings: BuildSettings) -> str:
     )
 
 
-def _parse(flavour: Flavour, logger: Opaque, network: Opaque, path: Path) -> None:
+def _parse(flavour: TensorRTModule, logger: Opaque, network: Opaque, path: Path) -> None:
     trt: Opaque = flavour.module
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(path)):
@@ -298,7 +298,7 @@ def _mark_decomposable(trt: Opaque, network: Opaque) -> None:
             attention.decomposable = True
 
 
-def _configure(flavour: Flavour, config: Opaque, settings: BuildSettings) -> None:
+def _configure(flavour: TensorRTModule, config: Opaque, settings: BuildSettings) -> None:
     trt: Opaque = flavour.module
     config.builder_optimization_level = settings.builder_level
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
@@ -353,7 +353,7 @@ def _add_profile(path: Path, builder: Opaque, network: Opaque, config: Opaque, p
     config.add_optimization_profile(profile)
 
 
-def deserialise(flavour: Flavour, plan: bytes) -> Opaque:
+def deserialise(flavour: TensorRTModule, plan: bytes) -> Opaque:
     """The engine (`ICudaEngine`) in `plan`, which must come from this machine's own build: see `build.cache`.
 
     Code for the host inside a plan stays disallowed. Raises BackendError, as on a machine without a driver.

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from specdec_rt.backends.base import BoundCall, Limits
 from specdec_rt.backends.cuda import CudaDevice
-from specdec_rt.backends.tensorrt import Flavour, deserialise
-from specdec_rt.engine import BoundCall, Limits
+from specdec_rt.backends.tensorrt import TensorRTModule, deserialise
 from specdec_rt.errors import BackendError
 from specdec_rt.types import Array
 
@@ -24,7 +24,7 @@ Sizes = tuple[tuple[int, ...], ...]
 class TensorRtBackend:
     """Engines of one flavour; `plan_of` gives the trusted plan for a bundle's ONNX file."""
 
-    flavour: Flavour
+    flavour: TensorRTModule
     device: CudaDevice
     plan_of: Callable[[Path], bytes]
     limits: Limits
@@ -40,11 +40,11 @@ class TensorRtBackend:
 
 
 class TensorRtEngine:
-    """An `ICudaEngine`; as in `engine.Engine`."""
+    """An `ICudaEngine`; as in `base.Engine`."""
 
     in_place = False  # nothing promises in which order kernels read an input and write an output
 
-    def __init__(self, flavour: Flavour, device: CudaDevice, engine: Any, path: Path) -> None:  # noqa: ANN401  # ICudaEngine
+    def __init__(self, flavour: TensorRTModule, device: CudaDevice, engine: Any, path: Path) -> None:  # noqa: ANN401  # ICudaEngine
         trt: Any = flavour.module
         self._flavour, self._device, self._engine, self._path = flavour, device, engine, path
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -54,7 +54,7 @@ class TensorRtEngine:
         self._contexts: dict[Sizes, Any] = {}
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002  # the protocol's
-        """As in `engine.Engine`; sizes must lie in the engine's profile."""
+        """As in `base.Engine`; sizes must lie in the engine's profile."""
         for kind, declared, given in (("inputs", self.inputs, inputs), ("outputs", self.outputs, outputs)):
             if declared != given.keys():
                 raise BackendError(f"{self._path} has the {kind} {sorted(declared)}, was bound to {sorted(given)}")

@@ -109,7 +109,7 @@ class Workload:
     first: int | None = None
     """end after so many AR steps"""
     lanes: Callable[[int], int] = field(default=lambda images: images)
-    """as in `engine.Device`"""
+    """as in `base.Device`"""
 
     @property
     def steps(self) -> int:
@@ -200,7 +200,7 @@ class _Run:
                 self.parts["target.modulation"] += self._costs.modulation("target", rows, work.chain)
             # Steps that it was called at to draft are judged already.
             share = 1.0 if whole is None else 1 - work.draft_calls / work.chain
-            self.parts["target.log_density"] += share * self._costs.density(rows)
+            self.parts["target.path_means"] += share * self._costs.density(rows)
         self.launches += 1 if plan.draft is None else length + 1
         self.tokens += rows
         return self._accept(at, left, sizes)
@@ -227,7 +227,7 @@ class _Run:
             rows, most = len(left), int(left.max())
             # On the round's modulation.
             self._chain("target", 1 + int(grid[-most:].sum()), rows, made=0)
-            self.parts["target.log_density"] += self._costs.density(rows) * most / chain
+            self.parts["target.path_means"] += self._costs.density(rows) * most / chain
             self.launches += 1
             self.tokens += rows
             left = left[self._rng.random(rows) >= self._acceptance.of_rests]

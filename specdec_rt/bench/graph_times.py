@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from specdec_rt.backends.base import BoundCall
 from specdec_rt.bench.cost import Interpolated
 from specdec_rt.bench.timing import Times
 from specdec_rt.build.builder import GraphSlot, graph_slots
 from specdec_rt.decode.chain import modulation_places, paths_per_call
-from specdec_rt.engine import BoundCall
 from specdec_rt.manifest import Binding, GraphName
 from specdec_rt.pipeline import Pipeline
 from specdec_rt.types import Array
@@ -67,7 +67,7 @@ class GraphTimes:
         """As in `cost.Costs`."""
         most = paths_per_call(self._branches, self._modulation_width("target"), self._chain)
         whole, rest = divmod(rows, most)
-        of = self._function("target.log_density")
+        of = self._function("target.path_means")
         return whole * (of(most, 1) if whole else 0.0) + (of(rest, 1) if rest else 0.0)
 
     def _modulation_width(self, owner: str) -> int:

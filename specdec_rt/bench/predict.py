@@ -7,11 +7,12 @@ import numpy as np
 from specdec_rt.bench.cost import Acceptance, Costs, HostCost, Prediction, Workload, simulate
 from specdec_rt.bench.graph_times import GraphTimes
 from specdec_rt.bench.timing import profile
+from specdec_rt.chain import compile_chain
 from specdec_rt.config import AUTO, SELF_DRAFT, DecodeOptions
 from specdec_rt.decode.stats import Stats
+from specdec_rt.draft_steps import choose_draft_steps
 from specdec_rt.errors import UsageError
 from specdec_rt.pipeline import Pipeline
-from specdec_rt.schedule import compile_chain, evaluated_steps
 
 __all__ = ["Predictor"]
 
@@ -69,7 +70,7 @@ class Predictor:
         if hypothetical:
             length = min(options.draft_length or manifest.defaults.draft_length, plan.schedule.steps)
             steps, chain = options.draft_steps, compile_chain(manifest.chain)
-            evaluate = None if steps is None else evaluated_steps(chain, steps)
+            evaluate = None if steps is None else choose_draft_steps(chain, steps)
             plan = replace(plan, draft="draft", draft_length=length, evaluate=evaluate)
         model = manifest.drafts.get(plan.draft or "")
         return Workload(
@@ -78,7 +79,7 @@ class Predictor:
             chain=compile_chain(manifest.chain).length,
             draft_head=plan.draft if plan.draft is not None and model is not None and model.head == "own" else "target",
             first=self._first,
-            lanes=self.pipeline.backend.device.lanes,
+            lanes=self.pipeline.backend.device.batch_bucket,
         )
 
     def predict(self, options: DecodeOptions, batch: int, acceptance: Acceptance) -> Prediction:
@@ -141,7 +142,7 @@ class Predictor:
         """Launches and tokens of a request that was made."""
         plan = self.pipeline.session(options).plan
         chain = compile_chain(self.pipeline.bundle.manifest.chain).length
-        work = Workload(plan=plan, batch=images, chain=chain, lanes=self.pipeline.backend.device.lanes)
+        work = Workload(plan=plan, batch=images, chain=chain, lanes=self.pipeline.backend.device.batch_bucket)
         free: Costs = _Free()
         return simulate(work, Acceptance(stats.acceptance_rate or 0.0), free, HostCost())
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from specdec_rt.engine import Backend, BoundCall, Device, Engine, Limits
+from specdec_rt.backends.base import Backend, BoundCall, Device, Engine, Limits
 from specdec_rt.pipeline import Pipeline
 from specdec_rt.types import Array
 
@@ -112,7 +112,7 @@ class _TimedEngine:
         return getattr(self._engine, name)
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], **named: Any) -> BoundCall:  # noqa: ANN401  # passed on
-        """As in `engine.Engine`."""
+        """As in `base.Engine`."""
         call, times, now = self._engine.bind(inputs, outputs, **named), self._times, time.perf_counter
 
         def timed() -> None:

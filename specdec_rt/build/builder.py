@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 from specdec_rt.backends import availability
 from specdec_rt.backends.availability import Gpu
-from specdec_rt.backends.tensorrt import BuildSettings, Flavour, build_plan, probe
+from specdec_rt.backends.tensorrt import BuildSettings, TensorRTModule, build_plan, probe
 from specdec_rt.build.cache import EngineCache, EngineRecord, engine_key
 from specdec_rt.build.profile import Profile, graph_profile
 from specdec_rt.build.recipe import Recipe, RecipeGraph
@@ -21,9 +21,9 @@ from specdec_rt.manifest import Graph, GraphName, Manifest, Model, Precision
 __all__ = [
     "TENSORRT_BACKENDS",
     "BuiltGraph",
+    "EngineBuilder",
     "GraphSlot",
     "Reporter",
-    "Workshop",
     "build_bundle",
     "graph_slots",
 ]
@@ -114,19 +114,19 @@ class _Silent:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class EngineBuilder:
     """A bundle, a recipe, a library, a GPU and a cache: all that decides which engine a graph gets."""
 
     bundle: Bundle
     recipe: Recipe
     cache: EngineCache
-    flavour: Flavour
+    flavour: TensorRTModule
     gpu: Gpu | None
     """None: without one. TensorRT-RTX builds for GPUs that are not there; such an engine is not taken for one
     that was built with a GPU, nor the other way round"""
 
     @classmethod
-    def open(cls, bundle: Bundle, recipe: Recipe, cache: EngineCache) -> "Workshop":
+    def open(cls, bundle: Bundle, recipe: Recipe, cache: EngineCache) -> "EngineBuilder":
         """Find the library and the GPU. Raises UsageError for a backend that builds nothing, BackendError."""
         if recipe.backend not in TENSORRT_BACKENDS:
             raise UsageError(
@@ -244,7 +244,7 @@ def build_bundle(
     bundle: Bundle, recipe: Recipe, cache: EngineCache, *, reporter: Reporter | None = None
 ) -> list[BuiltGraph]:
     """Have every graph's engine in the cache. What was built before an error or an interrupt stays there."""
-    workshop = Workshop.open(bundle, recipe, cache)
+    workshop = EngineBuilder.open(bundle, recipe, cache)
     slots = graph_slots(bundle.manifest)
     for slot in slots:  # what is wrong with the recipe or the bundle shows before anything is built
         workshop.key_fields(slot)

@@ -5,9 +5,10 @@ from functools import cached_property
 
 import numpy as np
 
+from specdec_rt.ar_schedule import ArSchedule, cosine_schedule, raster_schedule
 from specdec_rt.build.recipe import Recipe, RecipeGraph, ShapeRange
+from specdec_rt.chain import compile_chain
 from specdec_rt.manifest import Binding, GraphName, Manifest, Model
-from specdec_rt.schedule import ArSchedule, compile_chain, cosine_schedule, raster_schedule
 
 __all__ = ["Profile", "graph_profile"]
 
@@ -113,7 +114,7 @@ class _Call:
             case GraphName.DENOISE_STEP:
                 # Mostly a chain's rows are those of one AR step; `paper` mode aligns a whole round at once.
                 return {"G": branches, "R": (1, self._usual_rows, self._most_rows), "n": (n, n, n)}
-            case GraphName.LOG_DENSITY:
+            case GraphName.PATH_MEANS:
                 # As many as are judged where G is 1.
                 most = min(STATES_PER_CALL // n, MODULATION_VALUES // (BRANCHES * n * self._modulation))
                 most = min(self._most_rows, max(most, 1))
@@ -233,7 +234,7 @@ def _check_symbol(recipe: Recipe, keys: tuple[str, ...], symbol: str, span: _Ran
     if least == most:
         _check_fixed(recipe, keys, symbol, most, span)
     # A chain is embedded in one call, but any number of its steps is judged; a cache holds at least the image's tokens.
-    steps = (least, most) if GraphName.LOG_DENSITY in keys else (most,)
+    steps = (least, most) if GraphName.PATH_MEANS in keys else (most,)
     needed = {"n": steps, "n_plus_1": steps, "S": (least,)}.get(symbol, ())
     for size in needed:
         if not span[0] <= size <= span[2]:

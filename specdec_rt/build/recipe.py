@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 RecipeBackend = Literal["onnxruntime", "cuda", "tensorrt", "tensorrt-rtx"]
-RecipeGraph = Literal["backbone", "time_embedding", "modulation", "denoise_step", "log_density", "decoder"]
+RecipeGraph = Literal["backbone", "time_embedding", "modulation", "denoise_step", "path_means", "decoder"]
 """The graphs of a model, and the bundle's decoder."""
 
 BACKENDS: tuple[RecipeBackend, ...] = ("onnxruntime", "cuda", "tensorrt", "tensorrt-rtx")
@@ -81,7 +81,7 @@ class PrecisionTable(_Table):
     time_embedding: Precision | None = None
     modulation: Precision | None = None
     denoise_step: Precision | None = None
-    log_density: Precision | None = None
+    path_means: Precision | None = None
     decoder: Precision | None = None
 
 

@@ -4,11 +4,11 @@ import logging
 from pathlib import Path
 
 from specdec_rt.backends.availability import AUTO_ORDER, check
-from specdec_rt.build.builder import TENSORRT_BACKENDS, Workshop, graph_slots
+from specdec_rt.backends.base import Backend, Limits
+from specdec_rt.build.builder import TENSORRT_BACKENDS, EngineBuilder, graph_slots
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import Recipe, default_recipe
 from specdec_rt.bundle import Bundle
-from specdec_rt.engine import Backend, Limits
 from specdec_rt.errors import BackendError, UsageError
 
 __all__ = ["BACKENDS", "open_backend"]
@@ -86,7 +86,7 @@ def _on_gpu(bundle: Bundle, recipe: Recipe, cache: EngineCache, *, graphs: bool)
     if recipe.backend in TENSORRT_BACKENDS:
         from specdec_rt.backends.tensorrt_engine import TensorRtBackend
 
-        workshop = Workshop.open(bundle, recipe, cache)
+        workshop = EngineBuilder.open(bundle, recipe, cache)
         slots = {bundle.path(slot.graph): slot for slot in graph_slots(bundle.manifest)}
         device = CudaDevice(batch_buckets=recipe.batch_buckets, graphs=graphs)
         limits = Limits(batch_size=recipe.largest_batch, draft_length=recipe.draft_length)

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from specdec_rt.engine import BoundCall, Device, Engine
+from specdec_rt.backends.base import BoundCall, Device, Engine
+from specdec_rt.chain import Chain
 from specdec_rt.errors import BackendError
-from specdec_rt.schedule import Chain
 from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
 
 __all__ = [
@@ -124,7 +124,7 @@ class Head:
         device: Device,
         modulation: Engine,
         denoise_step: Engine,
-        log_density: Engine,
+        path_means: Engine,
         time_table: FloatArray,
         chain: Chain,
         token_dim: int,
@@ -139,7 +139,7 @@ class Head:
         self._modulation = modulation
         self._modulation_width = modulation_width
         self._denoise_step = denoise_step
-        self._log_density = log_density
+        self._path_means = path_means
         self._tables = {"time_table": time_table, "coefficients": chain.coefficients}
         for name, table in self._tables.items():
             self._tables[name] = device.zeros(table.shape, np.float32)
@@ -268,7 +268,7 @@ class Head:
             calls += [device.upload(part.z, part.guidance), *part.calls]
         device.record([*calls, device.download(mean)])()
         device.wait()
-        require_finite(mean, "log_density")
+        require_finite(mean, "path_means")
         return mean.copy()
 
     def finish(
@@ -306,10 +306,10 @@ class Head:
         device, n, dim = self.device, self.chain.length, self.token_dim
         z = device.zeros((branches, rows, self.z_dim), np.float32)
         guidance = device.zeros((branches, rows), np.float32)
-        step = device.pitched((n, rows), np.int64)
-        path = device.pitched((n + 1, rows, dim), np.float32)
-        noise, mean = (device.pitched((n, rows, dim), np.float32) for _ in range(2))
-        std = device.pitched((n, rows, dim), np.float32) if self.learned else None
+        step = device.aligned((n, rows), np.int64)
+        path = device.aligned((n + 1, rows, dim), np.float32)
+        noise, mean = (device.aligned((n, rows, dim), np.float32) for _ in range(2))
+        std = device.aligned((n, rows, dim), np.float32) if self.learned else None
         return ChainBuffers(z, guidance, step, path, noise, mean, std, self.room(branches, rows))
 
     def room(self, branches: int, rows: int, places: int | None = None, *, taken: bool = False) -> Array:
@@ -382,7 +382,7 @@ class Head:
             device.upload(step)()
             calls.append(make)
         inputs = {"path": path[rows], "modulation": modulation, "guidance": guidance, "coefficients": coefficients}
-        calls.append(self._log_density.bind(inputs, {"mean": mean[rows], **std}))
+        calls.append(self._path_means.bind(inputs, {"mean": mean[rows], **std}))
         return DensityPart(rows, z, guidance, modulation, calls)
 
 

@@ -23,7 +23,7 @@ from specdec_rt.decode.verify import (
     judge_exact,
     judge_paper,
 )
-from specdec_rt.families.span import Span
+from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.noise import Ahead, Draws, Purpose
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
@@ -181,7 +181,7 @@ class Decoder:
             started = pace.clock()
             # Some lanes are fed more than they have: it stands past their last token, and is overwritten before
             # it is read, like what a dropped draft leaves. So few lengths will do where each has to be captured.
-            self._catch_up(self._steps.device.padded(int(step.max()), len(known) - 1))
+            self._catch_up(self._steps.device.bucketed(int(step.max()), len(known) - 1))
             pace.note_catch_up(pace.clock() - started)
         started = pace.clock()
         completion, accepted, rejected = 0.0, 0, 0
@@ -251,7 +251,7 @@ class Decoder:
         return self._chain.length if evaluate is None else int(evaluate.sum())
 
     def _judge(
-        self, span: Span, proposal: Proposal, verified: FloatArray | Trajectory
+        self, span: PositionBatch, proposal: Proposal, verified: FloatArray | Trajectory
     ) -> ExactJudgement | PaperJudgement:
         uniform = self._uniforms(self._image(span), span.place, lambda: self._coming(span))
         if isinstance(verified, Trajectory):
@@ -260,7 +260,7 @@ class Decoder:
 
     def _complete(
         self,
-        span: Span,
+        span: PositionBatch,
         guidance: FloatArray,
         proposal: Proposal,
         judgement: ExactJudgement | PaperJudgement,
@@ -309,11 +309,13 @@ class Decoder:
         uniform = self._noise.uniform(images, np.zeros_like(images), Purpose.ORDER, plan.tokens)
         return np.argsort(uniform, axis=1, kind="stable")
 
-    def _span(self, length: int) -> Span:
+    def _span(self, length: int) -> PositionBatch:
         """The next AR steps of all lanes."""
-        return Span.of(self.order[self._lane], self._plan.schedule.known, self._step, length)
+        return PositionBatch.of(self.order[self._lane], self._plan.schedule.known, self._step, length)
 
-    def _store(self, span: Span, rows: BoolArray | IntArray | slice, token: FloatArray, mean: FloatArray) -> None:
+    def _store(
+        self, span: PositionBatch, rows: BoolArray | IntArray | slice, token: FloatArray, mean: FloatArray
+    ) -> None:
         lane, place = span.owner[rows], span.place[rows]
         self._fed[lane, place] = token
         self._shown[self._lane[lane], place] = mean if self._plan.emit_mean else token
@@ -321,7 +323,7 @@ class Decoder:
     def _seat(self) -> None:
         """Give the next images that wait lanes, all anew."""
         first, count = self._begun, min(self._most, len(self._images) - self._begun)
-        idle = self._steps.device.lanes(count) - count
+        idle = self._steps.device.batch_bucket(count) - count
         self._lane = np.concatenate([np.arange(first, first + count), np.full(idle, first)])
         self._step = np.concatenate([np.zeros(count, np.int64), np.full(idle, self._plan.schedule.steps)])
         self._fed = np.zeros((len(self._lane), *self._shown.shape[1:]), np.float32)
@@ -353,7 +355,7 @@ class Decoder:
     def _retire(self) -> None:
         """Leave out lanes that are done, as far as fewer lanes are of use."""
         going = np.flatnonzero(self._going)
-        lanes = self._steps.device.lanes(len(going))
+        lanes = self._steps.device.batch_bucket(len(going))
         if not len(going) or lanes >= len(self._lane):
             return
         idle = np.flatnonzero(~self._going)[: lanes - len(going)]
@@ -362,14 +364,14 @@ class Decoder:
         for model in self._steps.models:
             model.backbone.select(kept)
 
-    def _image(self, span: Span) -> IntArray:
+    def _image(self, span: PositionBatch) -> IntArray:
         """`[R]` the key of each row's image to its noise."""
         return self._images[self._lane[span.owner]]
 
-    def _chain_noise(self, span: Span) -> ChainNoise:
+    def _chain_noise(self, span: PositionBatch) -> ChainNoise:
         return ChainNoise.of(self._normals(self._image(span), span.place, lambda: self._coming(span)))
 
-    def _coming(self, span: Span) -> tuple[IntArray, IntArray]:
+    def _coming(self, span: PositionBatch) -> tuple[IntArray, IntArray]:
         """Image and place of the next tokens of every lane, those of `span` among them."""
         known, lanes = self._plan.schedule.known, np.flatnonzero(self._going)
         first = known[self._step[lanes]]

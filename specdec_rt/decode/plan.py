@@ -5,19 +5,14 @@ from functools import cached_property
 
 import numpy as np
 
+from specdec_rt.ar_schedule import ArSchedule, cosine_schedule, guidance_weights, raster_schedule
+from specdec_rt.backends.base import Limits
+from specdec_rt.chain import Chain
 from specdec_rt.config import AUTO, SELF_DRAFT, DecodeOptions, GuidanceSchedule, Mode
 from specdec_rt.decode import redraft
-from specdec_rt.engine import Limits
+from specdec_rt.draft_steps import choose_draft_steps
 from specdec_rt.errors import UsageError
 from specdec_rt.manifest import Manifest
-from specdec_rt.schedule import (
-    ArSchedule,
-    Chain,
-    cosine_schedule,
-    evaluated_steps,
-    guidance_weights,
-    raster_schedule,
-)
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
 __all__ = ["Plan", "make_plan", "schedule_of"]
@@ -170,7 +165,7 @@ def _evaluate(steps: int | None, draft: str, chain: Chain) -> BoolArray | None:
             f"draft_steps is {steps}, but the chain's variances are learned: a step left out has none; "
             "leave out draft_steps, or export with a fixed-variance chain (--chain exact)"
         )
-    return evaluated_steps(chain, steps)
+    return choose_draft_steps(chain, steps)
 
 
 def _grid(evaluate: BoolArray | None, chain: Chain) -> BoolArray | None:
@@ -181,4 +176,4 @@ def _grid(evaluate: BoolArray | None, chain: Chain) -> BoolArray | None:
 
 
 def _few_steps(chain: Chain) -> BoolArray:
-    return evaluated_steps(chain, round(SELF_STEPS * chain.length**0.5))
+    return choose_draft_steps(chain, round(SELF_STEPS * chain.length**0.5))

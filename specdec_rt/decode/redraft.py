@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from specdec_rt.backends.base import BoundCall, Device
+from specdec_rt.chain import Chain
 from specdec_rt.decode.chain import Head, Trajectory, require_finite
 from specdec_rt.decode.draft import ChainNoise, Proposal
-from specdec_rt.engine import BoundCall, Device
 from specdec_rt.families.backbone import Ask
-from specdec_rt.schedule import Chain
 from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
 
 __all__ = ["LEAST", "Redraft", "Redrafts", "Round", "evaluations", "held_factors", "make_redraft"]
@@ -114,7 +114,7 @@ def make_redraft(
     noise, mean, target_mean = (zeros(rows, length, dim) for _ in range(3))
     path = zeros(rows, length + 1, dim)
     next_state, first_mean, step_noise = (zeros(rows, dim) for _ in range(3))
-    windows, *indices = (device.pitched((size, rows), np.int64) for size in (calls + 1, calls, calls, calls))
+    windows, *indices = (device.aligned((size, rows), np.int64) for size in (calls + 1, calls, calls, calls))
     step, modulation_row, noise_row = indices
     factors = device.zeros((length, 5), np.float64)
     factors[:] = held_factors(chain)[-length:]
@@ -255,8 +255,8 @@ class Redrafts:
         `begin` they and the draft's are 0, and paths mean nothing. Last come the sequential head calls `[K]`.
         """
         n, dim = self._head.chain.length, self._head.token_dim
-        length = self._device.padded(n - int(begin.min()), n)
-        count = self._device.padded(len(rows), of.padded)
+        length = self._device.bucketed(n - int(begin.min()), n)
+        count = self._device.bucketed(len(rows), of.padded)
         here = np.minimum(np.arange(count), len(rows) - 1)
         step = self._step(of, len(guidance), count, length)
         steps = np.arange(n)
@@ -275,7 +275,7 @@ class Redrafts:
         before = steps < begin[:, None]
         mean[before], target_mean[before] = 0, 0
         require_finite(path[:, -1], "denoise_step")
-        require_finite(target_mean, "log_density")
+        require_finite(target_mean, "path_means")
         calls = 1 + (self._grid & (steps > begin[:, None])).sum(axis=1)
         return Proposal(ChainNoise(start, noise), Trajectory(path, mean)), target_mean, calls
 

@@ -5,9 +5,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from specdec_rt.backends.base import Device
 from specdec_rt.decode.draft import ChainNoise
-from specdec_rt.engine import Device
-from specdec_rt.families.span import Span
+from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["Rows", "Staged"]
@@ -25,10 +25,10 @@ class Rows:
     """`[R]` the place of each of the span's rows"""
 
     @classmethod
-    def of(cls, span: Span, device: Device) -> "Rows":
+    def of(cls, span: PositionBatch, device: Device) -> "Rows":
         widest = len(span.step) * _largest(span.known.tobytes())
         counts = span.counts
-        padded = tuple(device.padded(count, widest) for count in counts)
+        padded = tuple(device.bucketed(count, widest) for count in counts)
         if padded == counts:
             return cls(padded, slice(None), slice(None))
         padded = (max(padded),) * len(counts)  # one shape less to capture
@@ -63,7 +63,9 @@ class Staged:
     place: Array
     """`[R']` row of the canvas that a drafted token goes to"""
 
-    def fill(self, span: Span, rows: Rows, tokens: FloatArray, noise: ChainNoise, guidance: FloatArray) -> None:
+    def fill(
+        self, span: PositionBatch, rows: Rows, tokens: FloatArray, noise: ChainNoise, guidance: FloatArray
+    ) -> None:
         """Stage what belongs to the span's rows; `tokens [A, L, D]`."""
         self.canvas[:] = tokens
         self.normals[:, 0], self.normals[:, 1:] = noise.start[rows.source], noise.steps[rows.source]

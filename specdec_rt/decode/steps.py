@@ -11,13 +11,13 @@ from functools import lru_cache
 
 import numpy as np
 
+from specdec_rt.backends.base import BoundCall, Device
 from specdec_rt.decode.chain import ChainRun, Head, Trajectory, require_finite
 from specdec_rt.decode.draft import ChainNoise, Model, Proposal
 from specdec_rt.decode.redraft import Redrafts, Round
 from specdec_rt.decode.staging import Rows, Staged
-from specdec_rt.engine import BoundCall, Device
 from specdec_rt.families.backbone import Ask
-from specdec_rt.families.span import Span
+from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
 
 __all__ = ["Steps"]
@@ -110,7 +110,7 @@ class Steps:
         return [model for model in (self.target, self.draft) if model is not None]
 
     def single(
-        self, model: Model, tokens: FloatArray, span: Span, noise: ChainNoise, guidance: FloatArray
+        self, model: Model, tokens: FloatArray, span: PositionBatch, noise: ChainNoise, guidance: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         """Tokens and means `[R, D]` of the one AR step of a span, by `model` alone.
 
@@ -130,7 +130,7 @@ class Steps:
         return token, mean
 
     def round(
-        self, tokens: FloatArray, span: Span, noise: ChainNoise, guidance: FloatArray
+        self, tokens: FloatArray, span: PositionBatch, noise: ChainNoise, guidance: FloatArray
     ) -> tuple[Trajectory, FloatArray | Trajectory]:
         """What the draft proposes for the R rows of a span, and what the target has to say of it.
 
@@ -171,9 +171,9 @@ class Steps:
         assert self._round is not None
         ask, z_rows = self._round.ask, self._round.z_rows
         n = self.target.head.chain.length
-        count = self.device.padded(len(rows), self._round.padded)
+        count = self.device.bucketed(len(rows), self._round.padded)
         here = np.minimum(np.arange(count), len(rows) - 1)
-        length = self.device.padded(n - int(begin.min()), n)
+        length = self.device.bucketed(n - int(begin.min()), n)
         step = self._completing(ask, len(guidance), count, length)
         chain = step.run.buffers
         step.z_row.reshape(len(guidance), -1)[:] = z_rows[:, rows[here]]
@@ -209,7 +209,7 @@ class Steps:
 
     # --- what is recorded -----------------------------------------------------------------------------
 
-    def _ask_draft(self, draft: Model, span: Span, rows: Rows) -> list[tuple[Ask, IntArray]]:
+    def _ask_draft(self, draft: Model, span: PositionBatch, rows: Rows) -> list[tuple[Ask, IntArray]]:
         """A backbone call for each AR step, and the padded rows of its z."""
         asked = []
         first = 0
@@ -392,7 +392,7 @@ class Steps:
     def _verified(verify: _Verify, rows: Rows) -> FloatArray | Trajectory:
         if verify.run is None:
             mean = verify.mean[rows.where]
-            require_finite(mean, "log_density")
+            require_finite(mean, "path_means")
             return mean
         path, mean, *std = (array.swapaxes(0, 1)[rows.where] for array in verify.run.buffers.drawn)
         require_finite(path[:, -1], "denoise_step")

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from specdec_rt.acceptance import BlockVerdict, block_verify, paper_log_acceptance
+from specdec_rt.chain import Chain
 from specdec_rt.decode import redraft
 from specdec_rt.decode.chain import Trajectory
 from specdec_rt.decode.draft import Proposal
 from specdec_rt.residual import draw_block_residual, draw_paper_residual
-from specdec_rt.schedule import Chain
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
 __all__ = [

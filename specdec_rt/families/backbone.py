@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specdec_rt.engine import BoundCall, Device, Engine
-from specdec_rt.families.span import Span
+from specdec_rt.backends.base import BoundCall, Device, Engine
+from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["Ask", "Backbone"]
@@ -61,7 +61,7 @@ class Backbone(ABC):
         self._labels = self._labels[:, images]
 
     @abstractmethod
-    def ask(self, span: Span, slot: int = 0) -> tuple[Ask, IntArray]:
+    def ask(self, span: PositionBatch, slot: int = 0) -> tuple[Ask, IntArray]:
         """A call whose inputs are staged for the span, and the rows of its z, `[G, R]`, that are the span's.
 
         Calls of one shape share their buffers unless they have different slots.
@@ -71,10 +71,10 @@ class Backbone(ABC):
     def catch_up(self, order: IntArray, known: IntArray, steps: int) -> Ask | None:
         """The staged call that takes in what another model made of A images' first AR steps; None where none is needed.
 
-        `order [A, L]` and `known [S + 1]` as in `Span`.
+        `order [A, L]` and `known [S + 1]` as in `PositionBatch`.
         """
 
-    def condition(self, tokens: FloatArray, span: Span) -> FloatArray:
+    def condition(self, tokens: FloatArray, span: PositionBatch) -> FloatArray:
         """Conditions `[G, R, Z]` of the span's rows, one call for itself.
 
         `tokens [A, L, D]`: every token of the steps before a row's own stands at its place.

@@ -5,9 +5,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from specdec_rt.engine import Device, Engine
+from specdec_rt.backends.base import Device, Engine
 from specdec_rt.families.backbone import Ask, Backbone
-from specdec_rt.families.span import Span
+from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.manifest import CacheShape
 from specdec_rt.types import Array, FloatArray, IntArray
 
@@ -72,7 +72,7 @@ class CausalBackbone(Backbone):
             device.copy(rows[: len(moved)], kept)()
         device.wait()  # before the index is written again
 
-    def ask(self, span: Span, slot: int = 0) -> tuple[Ask, IntArray]:
+    def ask(self, span: PositionBatch, slot: int = 0) -> tuple[Ask, IntArray]:
         """As in `Backbone`; advances the caches over the span's steps."""
         images, length = len(span.step), span.length
         ask, position, label = self._ask(images, length, slot)
@@ -89,7 +89,7 @@ class CausalBackbone(Backbone):
 
     def catch_up(self, order: IntArray, known: IntArray, steps: int) -> Ask | None:
         """As in `Backbone`: all but the last token, which the next call feeds."""
-        return self.ask(Span.of(order, known, np.zeros(len(order), np.int64), steps))[0] if steps else None
+        return self.ask(PositionBatch.of(order, known, np.zeros(len(order), np.int64), steps))[0] if steps else None
 
     def feed(self, tokens: FloatArray, position: IntArray) -> FloatArray:
         """Conditions `[G, A, N, Z]` for N positions of each image, from `position [A]` on; advances the caches.
@@ -101,7 +101,7 @@ class CausalBackbone(Backbone):
         place = np.maximum(position[:, None] + np.arange(length) - 1, 0)
         canvas[np.arange(images)[:, None], place] = tokens
         order = np.tile(np.arange(self._tokens), (images, 1))
-        span = Span.of(order, np.arange(self._tokens + 1), position, length)
+        span = PositionBatch.of(order, np.arange(self._tokens + 1), position, length)
         z = self.condition(canvas, span)
         whole = np.zeros((self.branches, images, length, self.z_dim), np.float32)
         whole[:, span.owner, span.offset] = z

@@ -5,9 +5,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from specdec_rt.engine import Device, Engine
+from specdec_rt.backends.base import Device, Engine
 from specdec_rt.families.backbone import Ask, Backbone
-from specdec_rt.families.span import Span
+from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import Array, IntArray
 
 __all__ = ["MarBackbone"]
@@ -47,17 +47,17 @@ class MarBackbone(Backbone):
         self._tokens, self._token_dim = tokens, token_dim
         self._ask = lru_cache(maxsize=device.kept_shapes)(self._make_ask)
 
-    def ask(self, span: Span, slot: int = 0) -> tuple[Ask, IntArray]:
+    def ask(self, span: PositionBatch, slot: int = 0) -> tuple[Ask, IntArray]:
         """As in `Backbone`."""
-        images, padded = len(span.step), self._device.padded
+        images, bucketed = len(span.step), self._device.bucketed
         pairs, context = np.unique(span.offset * images + span.owner, return_inverse=True)  # [C], [R]
-        contexts = padded(len(pairs), images * span.length)
+        contexts = bucketed(len(pairs), images * span.length)
         pairs = np.concatenate([pairs, np.full(contexts - len(pairs), pairs[0])])
         offset, owner = np.divmod(pairs, images)
         known, after = span.known[span.step[owner] + offset], span.known[span.step[owner] + offset + 1]
         size = after - known
-        most_known = padded(max(int(known.max()), 1), self._tokens)  # an engine may dislike a size of 0
-        queries = padded(int(size.max()), int(np.diff(span.known).max()))
+        most_known = bucketed(max(int(known.max()), 1), self._tokens)  # an engine may dislike a size of 0
+        queries = bucketed(int(size.max()), int(np.diff(span.known).max()))
         ask, inputs = self._ask(contexts, most_known, queries, slot)
         inputs.visible[:] = span.order[owner, :most_known]
         inputs.visible_mask[:] = np.arange(most_known) < known[:, None]

@@ -9,7 +9,7 @@ from twosample import grouped_sliced_p_value
 from specdec_rt import DecodeOptions, load
 from specdec_rt.decode.draft import ChainNoise, Proposal
 from specdec_rt.decode.verify import ResidualDraws, complete_exact, judge_exact
-from specdec_rt.families.span import Span
+from specdec_rt.families.position_batch import PositionBatch
 
 SIZES = {"fast, the bundle's guidance": (8, 500, None), "full, no guidance": (64, 2000, 1.0)}
 CASES = [
@@ -68,7 +68,7 @@ def next_condition(backbone, context, known, random_order, rng_seed):
         return backbone.feed(before, np.zeros(count, np.int64))[:, np.arange(count), known]
     rng = np.random.default_rng(rng_seed)
     order = np.stack([rng.permutation(tokens) for _ in range(count)])
-    return backbone.condition(context, Span.of(order, np.arange(tokens + 1), known, 1))
+    return backbone.condition(context, PositionBatch.of(order, np.arange(tokens + 1), known, 1))
 
 
 def alone(head, prefixes, z, seed):

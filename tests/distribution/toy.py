@@ -9,17 +9,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from specdec_rt.ar_schedule import raster_schedule
+from specdec_rt.backends.base import BoundCall
 from specdec_rt.backends.host import HostDevice
+from specdec_rt.chain import Chain, ChainSpec, compile_chain
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import Model
 from specdec_rt.decode.loop import Session
 from specdec_rt.decode.plan import Plan
 from specdec_rt.decode.steps import Steps
-from specdec_rt.engine import BoundCall
+from specdec_rt.draft_steps import choose_draft_steps
 from specdec_rt.families.backbone import Ask, Backbone
-from specdec_rt.families.span import Span
+from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.noise import Purpose
-from specdec_rt.schedule import Chain, ChainSpec, compile_chain, evaluated_steps, raster_schedule
 from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["DIM", "IMAGE_CHAIN", "TOY_CHAIN", "TableNoise", "self_session", "toy_head", "toy_session"]
@@ -95,8 +97,8 @@ class StepEngine:
 
 
 @dataclass(frozen=True)
-class DensityEngine:
-    """`log_density` of a random net."""
+class PathMeansEngine:
+    """`path_means` of a random net."""
 
     net: RandomNet
 
@@ -117,7 +119,7 @@ def toy_head(chain: Chain, *, draft: bool, share: float = 0.06, z_dim: int = 1) 
     if draft:
         net = net.mixed(RandomNet.of(1), share)
     time_table = (chain.timestep[:, None] / 500 - 1).astype(np.float32)
-    engines = ModulationEngine(), StepEngine(net), DensityEngine(net)
+    engines = ModulationEngine(), StepEngine(net), PathMeansEngine(net)
     return Head(HostDevice(), *engines, time_table, chain, DIM, z_dim=z_dim, modulation_width=1 + z_dim)
 
 
@@ -128,7 +130,7 @@ class ToyBackbone(Backbone):
         super().__init__(device, None, DIM, 0, branches=1)  # type: ignore[arg-type]  # it has no engine
         self._asks: dict[tuple[int, int], tuple[Ask, Array]] = {}
 
-    def ask(self, span: Span, slot: int = 0) -> tuple[Ask, IntArray]:
+    def ask(self, span: PositionBatch, slot: int = 0) -> tuple[Ask, IntArray]:
         """As in `Backbone`."""
         rows = len(span.owner)
         if (rows, slot) not in self._asks:
@@ -175,7 +177,7 @@ def self_session(chain: Chain, steps: int) -> Session:
     """A target that drafts on so many steps of its chain, and a plan for images of one token."""
     device = HostDevice()
     target = Model(ToyBackbone(device), toy_head(chain, draft=False, z_dim=DIM))
-    grid = evaluated_steps(chain, steps)
+    grid = choose_draft_steps(chain, steps)
     plan = replace(toy_session(1).plan, draft=None, evaluate=grid, grid=grid, emit_mean=True)
     return Session(plan, Steps(device, target=target, draft=None, evaluate=grid, aligned=False, grid=grid))
 

@@ -11,8 +11,8 @@ from export.checkpoints import build_mar, read_checkpoint
 from export.mar_models import MarPair, write_mar_bundle
 from export.models.mar import Mar, MarBackbone
 from export.models.vae import VaeDecoder
+from specdec_rt.chain import ChainSpec
 from specdec_rt.manifest import Defaults
-from specdec_rt.schedule import ChainSpec
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "mar_reference.pth"
 EXACT = ChainSpec(steps=8, t_max=975, drop_last=1, final_std=0.05, variance="large", emit="mean")

@@ -7,7 +7,7 @@ import torch
 from export.agreement import TOLERANCE
 from export.causal import read_pair
 from specdec_rt import DecodeOptions, load
-from specdec_rt.schedule import compile_chain
+from specdec_rt.chain import compile_chain
 
 BATCH = 3
 

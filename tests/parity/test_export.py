@@ -19,9 +19,9 @@ from export.models.head import DiffusionHead
 from export.to_onnx import OPSET, export_graph, save_weights
 from specdec_rt import load
 from specdec_rt.bundle import load_bundle
+from specdec_rt.chain import ChainSpec
 from specdec_rt.errors import OutputError
 from specdec_rt.manifest import Defaults, ImageLayout
-from specdec_rt.schedule import ChainSpec
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_graphs_are_checked_dynamic_and_share_their_weights(folder):
         {tuple(entry.value for entry in tensor.external_data) for tensor in graph.initializer} - {()}
         for graph in (
             onnx.load(folder / f"target.{name}.onnx", load_external_data=False).graph
-            for name in ("modulation", "denoise_step", "log_density")
+            for name in ("modulation", "denoise_step", "path_means")
         )
     )
     assert step == density != set()

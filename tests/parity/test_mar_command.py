@@ -11,7 +11,7 @@ from export import bundles
 from export import mar as command
 from export.models.mar import Mar
 from export.models.vae import VaeDecoder
-from specdec_rt.schedule import ChainSpec, compile_chain
+from specdec_rt.chain import ChainSpec, compile_chain
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "mar_reference.pth"
 

@@ -19,10 +19,10 @@ from export.models.mar import MarBackbone, visible_set
 from export.to_onnx import OPSET
 from specdec_rt import load
 from specdec_rt.bundle import file_sha256, load_bundle
+from specdec_rt.chain import ChainSpec, compile_chain
+from specdec_rt.cli.tables import bundle_record
 from specdec_rt.errors import BackendError, BundleError, ChainError, UsageError
 from specdec_rt.manifest import Defaults
-from specdec_rt.report import bundle_record
-from specdec_rt.schedule import ChainSpec, compile_chain
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "mar_reference.pth"
 KNOWN = (0, 16, 32, 63)
@@ -110,14 +110,14 @@ def test_graphs_are_as_the_manifest_says(request, bundle):
 
 def test_graphs_of_a_head_share_its_weights(stock):
     places = {}
-    for name in ("backbone", "modulation", "denoise_step", "log_density"):
+    for name in ("backbone", "modulation", "denoise_step", "path_means"):
         model = onnx.load(stock / f"target.{name}.onnx", load_external_data=False)
         tensors = (tensor.external_data for tensor in model.graph.initializer)
         places[name] = {tuple(entry.value for entry in data) for data in tensors if data}
         assert len(places[name]) >= 4
-    assert places["log_density"] == places["denoise_step"]
+    assert places["path_means"] == places["denoise_step"]
     assert not places["modulation"] & places["denoise_step"]
-    assert not places["backbone"] & places["log_density"]
+    assert not places["backbone"] & places["path_means"]
 
 
 @pytest.mark.parametrize("known", KNOWN)
@@ -172,7 +172,7 @@ def test_transitions_are_the_references(stock, recorded):
     (modulation,) = run(stock, "target.modulation", **pairs, **{name: shared[name] for name in ("z", "time_table")})
     given = {name: shared[name] for name in ("guidance", "coefficients")}
     given["modulation"] = modulation.reshape(chain.length, len(rows), 2, -1)
-    means, stds = run(stock, "target.log_density", path=path, **given)
+    means, stds = run(stock, "target.path_means", path=path, **given)
     assert relative_error(means[rows, step], mean) <= 1e-5
     assert relative_error(stds[rows, step], std) <= 1e-5
 

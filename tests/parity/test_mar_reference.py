@@ -10,7 +10,7 @@ import torch
 from export.checkpoints import Checkpoint, build_mar, build_vae_decoder, read_checkpoint
 from export.models.mar import visible_set
 from export.models.vae import VaeDecoder
-from specdec_rt.schedule import ChainSpec, compile_chain
+from specdec_rt.chain import ChainSpec, compile_chain
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STOCK = ChainSpec(steps=25, variance="learned")

@@ -18,7 +18,7 @@ from export.models.vae import Middle
 from export.precision import MATMULS, compute_precisions, half_graph, value_types, write_variant
 from export.to_onnx import ONNX_TYPES, export_graph, save_weights, to_model_proto
 from specdec_rt.bundle import load_bundle
-from specdec_rt.schedule import compile_chain
+from specdec_rt.chain import compile_chain
 
 BUNDLES = ["digits", "digits-mar"]
 HALVES = ["fp16", "bf16"]

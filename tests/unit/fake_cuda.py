@@ -14,8 +14,8 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
+from specdec_rt.backends.base import Limits
 from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
-from specdec_rt.engine import Limits
 
 
 def at(address, shape, dtype=np.float32, strides=None):

@@ -8,12 +8,12 @@ import pytest
 from fake_cuda import FakeBackend, FakeCuda
 
 from specdec_rt import DecodeOptions, Pipeline, UsageError, load
+from specdec_rt.backends.base import Limits
 from specdec_rt.backends.cuda import CudaDevice
 from specdec_rt.bench.predict import Predictor
 from specdec_rt.bundle import load_bundle
 from specdec_rt.decode.loop import Decoder
 from specdec_rt.decode.stats import Counters, Stats
-from specdec_rt.engine import Limits
 from specdec_rt.noise import NoiseSource
 
 CLOSE = 1e-3

@@ -166,15 +166,15 @@ def test_work_of_a_graph_is_counted_from_its_modules():
 
     work = {
         name: graph_work(pair, slots[f"target.{name}"], graph_sizes(pipeline, branches=2, chain=23, x=3, y=1))
-        for name in ("denoise_step", "modulation", "log_density")
+        for name in ("denoise_step", "modulation", "path_means")
     }
 
     assert work["denoise_step"]["weight_bytes"] == 4 * sum(p.numel() for p in of_step.values())
     assert work["denoise_step"]["operations"] - 2 * 2 * 3 * 16 == 2 * products * 2 * 3  # two branches of three rows
     of_condition = [p.numel() for n, p in parameters.items() if n not in of_step]
     assert work["modulation"]["weight_bytes"] == 4 * sum(of_condition)
-    assert work["log_density"]["weight_bytes"] == work["denoise_step"]["weight_bytes"]
-    assert work["log_density"]["operations"] == 23 * work["denoise_step"]["operations"]
+    assert work["path_means"]["weight_bytes"] == work["denoise_step"]["weight_bytes"]
+    assert work["path_means"]["operations"] == 23 * work["denoise_step"]["operations"]
     one, four = (
         graph_work(pair, slots["target.backbone"], graph_sizes(pipeline, branches=2, chain=23, x=1, y=y))
         for y in (1, 4)

@@ -19,17 +19,17 @@ from bundles import copy_bundle, edit_manifest, read_manifest
 from rich.console import Console
 from rich.progress import Progress
 
-from specdec_rt import build_command
 from specdec_rt.backends.availability import Gpu, gpu
 from specdec_rt.build import builder
-from specdec_rt.build.builder import BuiltGraph, Workshop, build_bundle, graph_slots
+from specdec_rt.build.builder import BuiltGraph, EngineBuilder, build_bundle, graph_slots
 from specdec_rt.build.cache import EngineCache, engine_key
 from specdec_rt.build.recipe import default_recipe, read_recipe
 from specdec_rt.bundle import file_sha256, load_bundle
+from specdec_rt.cli import build as build_command
 from specdec_rt.errors import BackendError, RecipeError
 
 RECIPE = 'backend = "tensorrt-rtx"\nbuilder_level = 0\nbatch_buckets = [1]\n'
-GRAPHS = [f"target.{name}" for name in ("backbone", "time_embedding", "modulation", "denoise_step", "log_density")]
+GRAPHS = [f"target.{name}" for name in ("backbone", "time_embedding", "modulation", "denoise_step", "path_means")]
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -94,7 +94,7 @@ def cache(place, first, tmp_path):  # noqa: ARG001  # it fills the cache
 
 @pytest.fixture
 def workshop(place, cache):
-    return Workshop.open(load_bundle(place / "lone"), read_recipe(place / "recipe.toml"), cache)
+    return EngineBuilder.open(load_bundle(place / "lone"), read_recipe(place / "recipe.toml"), cache)
 
 
 def slot(bundle, label):
@@ -232,7 +232,7 @@ def test_what_this_machine_did_not_build_is_built_anew(workshop, cache, caplog, 
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
         cache = EngineCache(cache.folder)
     refused = plan.read_bytes() if damage in ("tampered", "truncated") else None
-    again = Workshop.open(workshop.bundle, workshop.recipe, cache)
+    again = EngineBuilder.open(workshop.bundle, workshop.recipe, cache)
     given, _ = again.engine(slot(workshop.bundle, "target.time_embedding"))
     assert given != refused
     assert f"the engine {plan} is not used" in caplog.text
@@ -243,7 +243,7 @@ def test_what_this_machine_did_not_build_is_built_anew(workshop, cache, caplog, 
 # --- interrupts and neighbours -----------------------------------------------------------------------
 
 SCRIPT = (
-    "import signal, sys, specdec_rt.cli as cli, specdec_rt.build_command as command\n"
+    "import signal, sys, specdec_rt.cli as cli, specdec_rt.cli.build as command\n"
     # As on a terminal, also where the tests run in the background of a shell, which ignores interrupts there.
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "command._Lines.building = lambda self, graph: print(graph, flush=True)\n"
@@ -309,9 +309,9 @@ def test_a_recipe_that_builds_nothing(run, tmp_path):
 
 
 def test_a_recipe_that_does_not_fit_builds_nothing(workshop, tmp_path):
-    text = RECIPE + "[profiles.log_density]\nguidance = { min = [1], opt = [1], max = [1] }\n"
+    text = RECIPE + "[profiles.path_means]\nguidance = { min = [1], opt = [1], max = [1] }\n"
     (tmp_path / "wrong.toml").write_text(text)
-    with pytest.raises(RecipeError, match=r"wrong\.toml:5: profiles\.log_density\.guidance has 1 sizes"):
+    with pytest.raises(RecipeError, match=r"wrong\.toml:5: profiles\.path_means\.guidance has 1 sizes"):
         build_bundle(workshop.bundle, read_recipe(tmp_path / "wrong.toml"), EngineCache(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
@@ -322,7 +322,7 @@ def test_tensorrt_builds_only_where_there_is_a_gpu(workshop, monkeypatch):
     capabilities = dataclasses.replace(workshop.flavour.capabilities, compute_capabilities=())
     monkeypatch.setattr(builder, "probe", lambda _: dataclasses.replace(workshop.flavour, capabilities=capabilities))
     with pytest.raises(BackendError, match="driver"):
-        Workshop.open(workshop.bundle, default_recipe("tensorrt"), workshop.cache)
+        EngineBuilder.open(workshop.bundle, default_recipe("tensorrt"), workshop.cache)
 
 
 # --- on a terminal -----------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_wrong_hash_in_the_manifest(folder):
     assert f"the manifest says {'0' * 64}" in refusal(folder)
 
 
-@pytest.mark.parametrize(("owner", "graph"), [("target", "log_density"), ("target", "backbone")])
+@pytest.mark.parametrize(("owner", "graph"), [("target", "path_means"), ("target", "backbone")])
 def test_missing_graph(folder, owner, graph):
     graphs = read_manifest(folder)[owner]["graphs"]
     del graphs[graph]
@@ -297,7 +297,7 @@ def test_a_bundle_without_any_draft(folder):
 def test_graphs_that_changed_places(folder):
     """The manifest and the hashes agree, the files themselves do not."""
     graphs = read_manifest(folder)["target"]["graphs"]
-    edit_manifest(folder, "target", "graphs", "log_density", "file", value=graphs["denoise_step"]["file"])
+    edit_manifest(folder, "target", "graphs", "path_means", "file", value=graphs["denoise_step"]["file"])
     pipeline = specdec_rt.load(folder)
     with pytest.raises(BundleError, match=r"denoise_step\.onnx has other inputs than the manifest says"):
         pipeline.generate([1], mode="target")

@@ -13,10 +13,11 @@ from bundles import copy_bundle, edit_manifest
 from PIL import Image
 
 import specdec_rt
-from specdec_rt import cli, output
+from specdec_rt.cli import app as cli
+from specdec_rt.cli import files as output
 from specdec_rt.cli import parse_labels
+from specdec_rt.cli.sheet import SheetLayout, draw_sheet
 from specdec_rt.errors import OutputError, UsageError
-from specdec_rt.pictures import SheetLayout, draw_sheet
 
 JSON_FIELDS = [
     "mode",

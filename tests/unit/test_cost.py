@@ -163,9 +163,9 @@ def test_graphs_of_a_bundle_and_the_host_are_timed():
     found = predictor.predict(DecodeOptions(mode="exact", draft_length=2), 1, Acceptance(0.8))
 
     assert found.parts["host"] > 0
-    of_target = {f"target.{graph}" for graph in ("backbone", "modulation", "denoise_step", "log_density")}
+    of_target = {f"target.{graph}" for graph in ("backbone", "modulation", "denoise_step", "path_means")}
     assert set(found.parts) == {"draft", "host", *of_target}
-    assert {"target.log_density", "adapter.backbone"} <= set(predictor.record()["graph_seconds"]["2"])
+    assert {"target.path_means", "adapter.backbone"} <= set(predictor.record()["graph_seconds"]["2"])
 
 
 def test_the_first_step_of_a_chain_finds_no_weights_in_the_cache(predictor):

@@ -10,9 +10,9 @@ import pytest
 from fake_cuda import PLAIN_KERNELS, FakeCuda
 
 from specdec_rt.backends.cuda import CudaDevice
+from specdec_rt.backends.device_allocations import DeviceAllocations
 from specdec_rt.backends.host import HostDevice
 from specdec_rt.backends.kernels import KERNELS, SOURCE, compile_kernels
-from specdec_rt.backends.twins import Twins
 from specdec_rt.errors import BackendError
 
 HOST = r"""
@@ -83,7 +83,7 @@ def test_zeros_are_zeros_on_both_sides(device):
 
 
 def test_entries_of_a_pitched_array_are_aligned_and_move_with_their_gaps(device):
-    array = device.pitched((3, 2, 5), np.float32)
+    array = device.aligned((3, 2, 5), np.float32)
     for row in array:
         assert row.flags.c_contiguous
         assert device.address(row) % 256 == 0
@@ -136,8 +136,8 @@ def test_a_recurrence_is_what_a_loop_makes(device, steps):
         means.append(a * states[-1] + b * first + c * second)
         states.append(means[-1] + std * drawn[each])
     for where in (device, HostDevice()):
-        path, mean = where.pitched((steps + 1, 5, 3), np.float32), where.pitched((steps, 5, 3), np.float32)
-        noise, held = where.pitched((steps, 5, 3), np.float32), [where.zeros((5, 3), np.float32) for _ in range(2)]
+        path, mean = where.aligned((steps + 1, 5, 3), np.float32), where.aligned((steps, 5, 3), np.float32)
+        noise, held = where.aligned((steps, 5, 3), np.float32), [where.zeros((5, 3), np.float32) for _ in range(2)]
         path[0], noise[...], held[0][...], held[1][...] = start, drawn, first, second
         where.upload(path, noise, *held)()
         where.recur(path, mean, noise, (held[0], held[1]), factors)()
@@ -226,11 +226,11 @@ def test_memory_is_given_back_with_its_last_view(monkeypatch):
 @pytest.mark.parametrize(("images", "lanes"), [(1, 1), (2, 4), (4, 4), (9, 9)])
 def test_batches_are_padded_to_buckets(monkeypatch, images, lanes):
     FakeCuda().install(monkeypatch)
-    assert CudaDevice(batch_buckets=(1, 4), graphs=True).lanes(images) == lanes
+    assert CudaDevice(batch_buckets=(1, 4), graphs=True).batch_bucket(images) == lanes
 
 
 def test_twins_of_views_lie_where_the_views_lie():
-    twins, first, second = Twins(), np.zeros((4, 8), np.float32), np.zeros(3, np.int64)
+    twins, first, second = DeviceAllocations(), np.zeros((4, 8), np.float32), np.zeros(3, np.int64)
     twins.add(first, 1000, lambda: None)
     twins.add(second, 5000, lambda: None)
     assert twins.address(first) == 1000

@@ -84,7 +84,7 @@ def test_comparison_on_the_cpu(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     graphs = {one["graph"] for one in record["differences"]}
-    assert {"target.backbone", "target.denoise_step", "adapter.backbone", "small.log_density"} <= graphs
+    assert {"target.backbone", "target.denoise_step", "adapter.backbone", "small.path_means"} <= graphs
     assert all(one["passed"] and one["largest"] < 1e-4 for one in record["differences"])
     assert any(one["largest"] > 0 for one in record["differences"])  # else it ran one session twice
     assert all(one["reference_std"] > 0.1 for one in record["differences"])

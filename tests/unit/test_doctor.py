@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from specdec_rt.backends.availability import gpu
-from specdec_rt.build.builder import Workshop, graph_slots
+from specdec_rt.build.builder import EngineBuilder, graph_slots
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import default_recipe
 from specdec_rt.bundle import load_bundle
@@ -27,7 +27,7 @@ def entry():
     """The smallest graph's engine, in the user's cache."""
     pytest.importorskip("tensorrt_rtx")
     bundle, cache = load_bundle("digits"), EngineCache()
-    workshop = Workshop.open(bundle, default_recipe("tensorrt-rtx"), cache)
+    workshop = EngineBuilder.open(bundle, default_recipe("tensorrt-rtx"), cache)
     slot = next(slot for slot in graph_slots(bundle.manifest) if slot.label == GRAPH)
     _, built = workshop.engine(slot)
     return cache.lookup(built.key)

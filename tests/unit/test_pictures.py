@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specdec_rt.pictures import BACKGROUND, GAP, SheetLayout, draw_sheet
+from specdec_rt.cli.sheet import BACKGROUND, GAP, SheetLayout, draw_sheet
 
 
 @pytest.mark.parametrize(

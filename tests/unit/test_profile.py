@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec_rt import pixels
+from specdec_rt.ar_schedule import cosine_schedule
 from specdec_rt.build import profile as profiles
 from specdec_rt.build.profile import graph_profile
 from specdec_rt.build.recipe import Recipe, default_recipe, read_recipe
 from specdec_rt.bundle import load_bundle
+from specdec_rt.chain import compile_chain
 from specdec_rt.decode import chain
 from specdec_rt.errors import RecipeError
 from specdec_rt.manifest import Binding, Decoder, Graph, GraphName, ImageLayout
-from specdec_rt.schedule import compile_chain, cosine_schedule
 
 MANIFESTS = {name: load_bundle(name).manifest for name in ("digits", "digits-mar")}
 BUCKETS = st.lists(st.integers(1, 300), min_size=1, max_size=5, unique=True).map(sorted)
@@ -67,8 +68,8 @@ def test_any_recipes_profiles_fit_every_graph(name, buckets, draft_length):
     n = compile_chain(manifest.chain).length
     for model, graph in graphs_of(manifest):
         sizes = ranges(manifest, model, graph, recipe)
-        if graph in (GraphName.DENOISE_STEP, GraphName.LOG_DENSITY):
-            least = 1 if graph is GraphName.LOG_DENSITY else n  # what a draft on the same head left out
+        if graph in (GraphName.DENOISE_STEP, GraphName.PATH_MEANS):
+            least = 1 if graph is GraphName.PATH_MEANS else n  # what a draft on the same head left out
             assert sizes["n"] == (least, n, n)
             assert sizes["G"] == (1, 2, 2)
             assert sizes.get("n_plus_1", (least + 1, n + 1, n + 1)) == (least + 1, n + 1, n + 1)
@@ -126,7 +127,7 @@ def assert_modulation_fits(model, sizes, steps, most):
 def test_a_batch_of_paths_is_judged_within_its_profile(name, buckets, draft_length, branches):
     manifest = MANIFESTS[name]
     n = compile_chain(manifest.chain).length
-    sizes = ranges(manifest, manifest.target, GraphName.LOG_DENSITY, recipe_of(buckets, draft_length))
+    sizes = ranges(manifest, manifest.target, GraphName.PATH_MEANS, recipe_of(buckets, draft_length))
     rows = ranges(manifest, manifest.target, GraphName.DENOISE_STEP, recipe_of(buckets, draft_length))["R"][2]
     assert min(rows, chain.paths_per_call(branches, manifest.target.modulation_width, n)) <= sizes["R"][2]
 
@@ -148,7 +149,7 @@ def test_engines_are_tuned_for_what_is_usual():
     assert {symbol: span[1] for symbol, span in backbone(mar, recipe).items()} == {"B": 32, "K": 24, "Q": 3}
     assert backbone(mar, recipe, mar.drafts["adapter"])["B"][1] == 8
     assert ranges(mar, mar.target, GraphName.DENOISE_STEP, recipe)["R"][1] == 12
-    assert ranges(causal, causal.target, GraphName.LOG_DENSITY, recipe)["R"][1] == 16
+    assert ranges(causal, causal.target, GraphName.PATH_MEANS, recipe)["R"][1] == 16
 
 
 def with_decoder(side, tokens):
@@ -179,7 +180,7 @@ def test_a_model_of_mar_b_s_size():
     recipe = recipe_of()
     assert backbone(manifest, recipe) == {"B": (1, 32, 128), "K": (1, 128, 256), "Q": (1, 7, 256)}
     assert ranges(manifest, target, GraphName.DENOISE_STEP, recipe)["R"] == (1, 28, 6208)
-    assert ranges(manifest, target, GraphName.LOG_DENSITY, recipe)["R"] == (1, 100, 2**25 // (23 * 2816))
+    assert ranges(manifest, target, GraphName.PATH_MEANS, recipe)["R"] == (1, 100, 2**25 // (23 * 2816))
 
 
 @pytest.mark.parametrize("draft_length", [1, 4, 9])
@@ -266,10 +267,10 @@ def test_inputs_may_repeat_what_another_says(read):
             "profiles.denoise_step.coefficients.min has 1 where the bundle's graph has size n = 23; put 23",
         ),
         (
-            "log_density",
-            "[profiles.log_density.path]\nmin = [1, 24, 16]\nopt = [1, 24, 16]\nmax = [1, 24, 16]",
+            "path_means",
+            "[profiles.path_means.path]\nmin = [1, 24, 16]\nopt = [1, 24, 16]\nmax = [1, 24, 16]",
             3,
-            "profiles.log_density.path: size n_plus_1 runs from 24 to 24, which leaves out 2, a size that this bundle",
+            "profiles.path_means.path: size n_plus_1 runs from 24 to 24, which leaves out 2, a size that this bundle",
         ),
     ],
 )
@@ -299,8 +300,8 @@ def test_a_chain_of_another_length(tmp_path):
 
 def test_parts_of_a_chain_stay_within_a_recipes_reach(read):
     manifest = MANIFESTS["digits"]
-    text = "[profiles.log_density.coefficients]\nmin = [{0}, 4]\nopt = [23, 4]\nmax = [23, 4]"
-    asked = manifest, manifest.target, GraphName.LOG_DENSITY
+    text = "[profiles.path_means.coefficients]\nmin = [{0}, 4]\nopt = [23, 4]\nmax = [23, 4]"
+    asked = manifest, manifest.target, GraphName.PATH_MEANS
     assert graph_profile(*asked, read(text.format(1)))["coefficients"].min == (1, 4)
     with pytest.raises(RecipeError, match=r"size n runs from 23 to 23, which leaves out 1, a size"):
         graph_profile(*asked, read(text.format(23)))
@@ -309,7 +310,7 @@ def test_parts_of_a_chain_stay_within_a_recipes_reach(read):
 # --- a builder's opinion -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("graph", [GraphName.MODULATION, GraphName.DENOISE_STEP, GraphName.LOG_DENSITY])
+@pytest.mark.parametrize("graph", [GraphName.MODULATION, GraphName.DENOISE_STEP, GraphName.PATH_MEANS])
 def test_a_builder_takes_derived_profiles(graph):
     trt = pytest.importorskip("tensorrt_rtx")
     bundle = load_bundle("digits")

@@ -132,10 +132,10 @@ def test_there_is_no_default_for_an_unknown_backend():
 
 
 def test_a_graph_takes_its_own_precision_or_the_default(write):
-    recipe = read_recipe(write('backend = "tensorrt"\nprecision = { default = "bf16", log_density = "fp32" }\n'))
+    recipe = read_recipe(write('backend = "tensorrt"\nprecision = { default = "bf16", path_means = "fp32" }\n'))
     assert {graph: recipe.graph_precision(graph) for graph in GRAPHS} == {
         **dict.fromkeys(GRAPHS, "bf16"),
-        "log_density": "fp32",
+        "path_means": "fp32",
     }
 
 
@@ -201,7 +201,7 @@ def test_what_decides_a_graphs_engine(write, change, changed):
             4,
             "precision.default is 'fp8'; expected 'fp32', 'fp16' or",
         ),
-        ('backend = "cuda"\nprecision.log_density = 16', 2, "precision.log_density is 16; expected 'fp32'"),
+        ('backend = "cuda"\nprecision.path_means = 16', 2, "precision.path_means is 16; expected 'fp32'"),
         ('backend = "cuda"\nprecision = "fp16"', 2, "precision is 'fp16'; expected a table"),
         (
             'backend = "onnxruntime"\n[precision]\nbackbone = "bf16"',

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec_rt import DecodeOptions, load
+from specdec_rt.chain import ChainSpec, compile_chain
 from specdec_rt.decode import chain, plan, redraft
 from specdec_rt.decode.redraft import evaluations, held_factors, make_redraft
-from specdec_rt.schedule import ChainSpec, compile_chain
 
 LABELS = np.arange(12) % 10
 CLOSE = 2e-4

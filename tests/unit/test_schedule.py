@@ -7,17 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from specdec_rt.ar_schedule import cosine_schedule, guidance_weights, raster_schedule
+from specdec_rt.chain import Chain, ChainSpec, compile_chain, cosine_alpha_bar
+from specdec_rt.draft_steps import choose_draft_steps
 from specdec_rt.errors import ChainError
-from specdec_rt.schedule import (
-    Chain,
-    ChainSpec,
-    compile_chain,
-    cosine_alpha_bar,
-    cosine_schedule,
-    evaluated_steps,
-    guidance_weights,
-    raster_schedule,
-)
 
 STOCK = ChainSpec(steps=25, variance="learned")
 EXACT = ChainSpec(steps=25, t_max=975, drop_last=2, final_std=0.1, emit="mean")
@@ -215,7 +208,7 @@ def test_no_choice_of_steps_costs_less(count):
         last = np.maximum.accumulate(np.where(chosen, np.arange(n), 0))
         return sum(weight[k] * movement[last[k] + 1 : k + 1].sum() for k in range(n))
 
-    found = evaluated_steps(chain, count)
+    found = choose_draft_steps(chain, count)
     assert found[0]
     assert found.sum() == count
     others = ((0, *rest) for rest in combinations(range(1, n), count - 1))
@@ -224,6 +217,6 @@ def test_no_choice_of_steps_costs_less(count):
 
 def test_a_chain_without_noise_at_its_end_can_be_strided():
     chain = compile_chain(replace(EXACT, steps=100, final_std=0.0))
-    chosen = evaluated_steps(chain, 20)
+    chosen = choose_draft_steps(chain, 20)
     assert (chosen.sum(), chosen[0], chosen[-1]) == (20, True, True)
-    assert evaluated_steps(chain, 1000).all()
+    assert choose_draft_steps(chain, 1000).all()

@@ -10,12 +10,12 @@ import specdec_rt
 from specdec_rt import BackendError, Pipeline, UsageError
 from specdec_rt.backends import availability
 from specdec_rt.backends.availability import Availability, gpu
+from specdec_rt.backends.base import Limits
 from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
 from specdec_rt.build import select
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import default_recipe, read_recipe
 from specdec_rt.bundle import load_bundle
-from specdec_rt.engine import Limits
 
 RECIPES = Path(__file__).parents[2] / "engines/recipes"
 

@@ -240,11 +240,11 @@ def test_what_tensorrt_cannot_build_is_told_in_its_words(flavour, tmp_path, capf
 
 def test_too_little_scratch_memory_names_the_recipes_key(flavour, capfd):
     bundle = load_bundle("digits")
-    path = bundle.path(bundle.manifest.target.graphs["log_density"])
+    path = bundle.path(bundle.manifest.target.graphs["path_means"])
     sizes = {"G": 2, "R": 2**14, "n": 23, "n_plus_1": 24}
     profiles = {
         binding.name: Profile(*3 * (tuple(sizes.get(size, size) for size in binding.shape),))
-        for binding in bundle.manifest.target.graphs["log_density"].inputs
+        for binding in bundle.manifest.target.graphs["path_means"].inputs
         if any(isinstance(size, str) for size in binding.shape)
     }
     with pytest.raises(BackendError, match=r"may have 1 MiB: raise workspace_mib in the recipe, or build for smaller"):

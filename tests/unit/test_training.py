@@ -9,7 +9,7 @@ from export.digits.training import Masked, NextToken, backbone_of, denoising_los
 from export.models.causal import CausalBackbone, CausalBackboneSize, CausalModel
 from export.models.head import DiffusionHead
 from export.models.mar import Mar, MarBackbone, MarSize
-from specdec_rt.schedule import ChainSpec, compile_chain
+from specdec_rt.chain import ChainSpec, compile_chain
 
 WIDTH, OTHER_WIDTH = 16, 8
 CHAIN = compile_chain(ChainSpec(steps=25, t_max=975, drop_last=2, final_std=0.1, emit="mean"))

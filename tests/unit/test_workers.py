@@ -9,7 +9,7 @@ import pytest
 from specdec_rt import Pipeline, UsageError, load
 from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
 from specdec_rt.bundle import load_bundle
-from specdec_rt.side_by_side import side_by_side
+from specdec_rt.workers import run_workers
 
 CLOSE = 1e-3
 LABELS = np.arange(5)
@@ -75,7 +75,7 @@ def test_a_failure_ends_the_others_early():
             told.append(1)
 
     with pytest.raises(ValueError, match="one of them"):
-        side_by_side([goes_on, fails], lambda _: None)
+        run_workers([goes_on, fails], lambda _: None)
     assert len(told) < 100
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from specdec_rt.families.span import Span
-from specdec_rt.schedule import cosine_schedule, raster_schedule
+from specdec_rt.ar_schedule import cosine_schedule, raster_schedule
+from specdec_rt.families.position_batch import PositionBatch
 
 
 def rows(span):
@@ -13,7 +13,7 @@ def rows(span):
 
 def test_one_token_per_step_in_raster_order():
     order = np.tile(np.arange(5), (2, 1))
-    span = Span.of(order, raster_schedule(5).known, np.array([0, 3]), 3)
+    span = PositionBatch.of(order, raster_schedule(5).known, np.array([0, 3]), 3)
     assert rows(span) == [(0, 0, 0), (1, 0, 3), (0, 1, 1), (1, 1, 4), (0, 2, 2)]  # the second image ends
     np.testing.assert_array_equal(span.ar_step, [0, 3, 1, 4, 2])
     assert span.counts == (2, 2, 1)
@@ -22,7 +22,7 @@ def test_one_token_per_step_in_raster_order():
 def test_sets_of_tokens_in_each_images_own_order():
     order = np.array([[4, 2, 0, 1, 3], [3, 1, 4, 0, 2]])
     known = np.array([0, 1, 3, 5])
-    span = Span.of(order, known, np.array([1, 0]), 2)
+    span = PositionBatch.of(order, known, np.array([1, 0]), 2)
     assert rows(span) == [(0, 0, 2), (0, 0, 0), (1, 0, 3), (0, 1, 1), (0, 1, 3), (1, 1, 1), (1, 1, 4)]
 
 
@@ -30,7 +30,7 @@ def test_sets_of_tokens_in_each_images_own_order():
 def test_the_step_at_an_offset_holds_the_spans_rows_of_that_offset(schedule):
     rng = np.random.default_rng(0)
     order = np.stack([rng.permutation(64) for _ in range(4)])
-    span = Span.of(order, schedule.known, np.array([0, 4, 8, 9]), 4)
+    span = PositionBatch.of(order, schedule.known, np.array([0, 4, 8, 9]), 4)
     assert span.counts == tuple(np.bincount(span.offset, minlength=4))
     for offset in range(4):
         here = span.offset == offset
@@ -44,12 +44,12 @@ def test_the_step_at_an_offset_holds_the_spans_rows_of_that_offset(schedule):
 
 def test_all_steps_of_an_image_hold_every_place_once():
     order = np.random.default_rng(1).permutation(49)[None]
-    span = Span.of(order, cosine_schedule(49, 7).known, np.array([0]), 7)
+    span = PositionBatch.of(order, cosine_schedule(49, 7).known, np.array([0]), 7)
     np.testing.assert_array_equal(np.sort(span.place), np.arange(49))
 
 
 def test_past_the_end_there_is_nothing():
-    span = Span.of(np.arange(4)[None], raster_schedule(4).known, np.array([4]), 2)
+    span = PositionBatch.of(np.arange(4)[None], raster_schedule(4).known, np.array([4]), 2)
     assert rows(span) == []
 
 

@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from specdec_rt.bundle import Bundle
+from specdec_rt.chain import Chain, compile_chain
 from specdec_rt.config import Mode
 from specdec_rt.decode.stats import Stats
 from specdec_rt.manifest import Binding, Manifest, Model
-from specdec_rt.schedule import Chain, compile_chain
 
 __all__ = ["bundle_record", "bundle_report", "pairs", "size_text", "stats_table"]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from specdec_rt.errors import BackendError
 from specdec_rt.types import Array
 
-__all__ = ["Twins"]
+__all__ = ["DeviceAllocations"]
 
 
-class Twins:
+class DeviceAllocations:
     """Arrays and the addresses of their twins; a view's twin lies where the view lies in its array."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The head's denoising chain, and how an image's tokens are spread over autoregressive steps.
+"""The head's denoising chain: a spec that stands in a bundle's manifest, and the table of coefficients made of it.
 
 A `ChainSpec` is data (it stands in a bundle's manifest); `compile_chain` turns it into the table of
 coefficients that engines and acceptance read. Conventions are those of IDDPM (arXiv 2102.09672) as
@@ -12,19 +12,14 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from specdec_rt.errors import ChainError
-from specdec_rt.types import BoolArray, FloatArray, IntArray
+from specdec_rt.types import FloatArray, IntArray
 
 __all__ = [
     "TRAINING_STEPS",
-    "ArSchedule",
     "Chain",
     "ChainSpec",
     "compile_chain",
     "cosine_alpha_bar",
-    "cosine_schedule",
-    "evaluated_steps",
-    "guidance_weights",
-    "raster_schedule",
 ]
 
 TRAINING_STEPS = 1000
@@ -199,80 +194,3 @@ def _spread(steps: int, t_max: int) -> IntArray:
         timesteps.append(round(at))
         at += stride
     return np.array(timesteps, np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class ArSchedule:
-    """How the L tokens of an image are spread over S autoregressive steps; every step makes at least one."""
-
-    known: IntArray
-    """`[S + 1]` tokens known before each step, and in the end all"""
-    progress: FloatArray
-    """`[S]` how far a linear guidance schedule has grown at each step, from 0 to 1"""
-
-    @property
-    def steps(self) -> int:
-        """S."""
-        return len(self.progress)
-
-
-def raster_schedule(tokens: int) -> ArSchedule:
-    """One token per step."""
-    known = np.arange(tokens + 1, dtype=np.int64)
-    return ArSchedule(known, known[1:] / tokens)
-
-
-def cosine_schedule(tokens: int, steps: int) -> ArSchedule:
-    """MAR's: after step s of S ≤ L, ⌊L cos(π/2 · (s + 1)/S)⌋ tokens are unknown, if that leaves each step one."""
-    unknown = [tokens]
-    for step in range(1, steps):
-        wanted = math.floor(tokens * math.cos(math.pi / 2 * step / steps))
-        unknown.append(max(1, min(unknown[-1] - 1, wanted)))
-    known = tokens - np.array([*unknown, 0], np.int64)
-    # Guidance grows with the tokens known after a step; the reference counts one as unknown to the last.
-    return ArSchedule(known, np.minimum(known[1:], tokens - 1) / tokens)
-
-
-def guidance_weights(progress: FloatArray, *, scale: float, schedule: Literal["linear", "constant"]) -> FloatArray:
-    """Weights `[G, R]` of the branches' predictions for tokens whose steps have `progress [R]` (see `ArSchedule`).
-
-    ε̂ = s ε̂(label) + (1 - s) ε̂(no label); G is 1 where `scale` is 1. The linear schedule grows from 1 to
-    `scale` with progress (MAR's `cfg_schedule`).
-    """
-    if scale == 1:
-        return np.ones((1, len(progress)))
-    weight = 1 + (scale - 1) * progress if schedule == "linear" else np.full(len(progress), float(scale))
-    return np.stack([weight, 1 - weight])
-
-
-def evaluated_steps(chain: Chain, count: int) -> BoolArray:
-    """`[n]` bool: at which `count` of a chain's transitions a strided draft calls its head, the first among them.
-
-    Between them it holds its prediction x̂₀ of the clean token, at a cost in nats of `weight ‖movement of x̂₀‖²`
-    per transition. Predictions are a martingale: what they move by adds up in the square, and dynamic programming
-    finds the choice that costs least. How far they move is the model's own; assumed is Δ log(α/σ) / √weight at each
-    step, which on the shipped pairs comes as close in acceptance as what they were seen to move by.
-    """
-    n, count = chain.length, min(count, chain.length)
-    std = np.where(chain.std > 0, chain.std, chain.final_density_std)
-    weight = (chain.epsilon_coefficient / chain.prediction_epsilon) ** 2 / (2 * std**2)
-    signal_to_noise = -1 / chain.prediction_epsilon  # α/σ
-    moved = np.cumsum(np.append(0, np.diff(np.log(signal_to_noise)) / np.sqrt(weight[1:])))
-    # held[l, e]: the cost of transitions l + 1 to e - 1 on the prediction of transition l.
-    held = np.full((n, n + 1), np.inf)
-    for last in range(n):
-        cost = weight[last + 1 :] * (moved[last + 1 :] - moved[last])
-        held[last, last + 1 :] = np.cumsum(np.append(0, cost))
-    least = np.append(0.0, np.full(n - 1, np.inf))  # of choices that end with each transition
-    before: list[IntArray] = []
-    for _ in range(count - 1):
-        total = least[:, None] + held[:, :n]
-        before.append(total.argmin(axis=0))
-        least = total.min(axis=0)
-    at = int((least + held[:, n]).argmin())
-    chosen = np.zeros(n, np.bool_)
-    chosen[at] = True
-    for choice in reversed(before):
-        at = int(choice[at])
-        chosen[at] = True
-    return chosen

@@ -14,13 +14,13 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from specdec_rt import bench_command, build_command
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import read_recipe
 from specdec_rt.bundle import load_bundle
-from specdec_rt.config import DecodeOptions
-from specdec_rt.doctor import doctor_record, doctor_report
-from specdec_rt.engine_report import (
+from specdec_rt.cli import bench as bench_command
+from specdec_rt.cli import build as build_command
+from specdec_rt.cli.doctor import doctor_record, doctor_report
+from specdec_rt.cli.engines import (
     engine_record,
     engine_report,
     engines_report,
@@ -28,13 +28,14 @@ from specdec_rt.engine_report import (
     find_engines,
     is_engine_file,
 )
+from specdec_rt.cli.files import Write, array_writer, check_file, check_folder, png_writer, write_together
+from specdec_rt.cli.sheet import SheetLayout, draw_sheet
+from specdec_rt.cli.tables import bundle_record, bundle_report, stats_table
+from specdec_rt.config import DecodeOptions
 from specdec_rt.errors import SpecDecError, UsageError
 from specdec_rt.manifest import Manifest
-from specdec_rt.output import Write, array_writer, check_file, check_folder, png_writer, write_together
-from specdec_rt.pictures import SheetLayout, draw_sheet
 from specdec_rt.pipeline import Progress as Tell
 from specdec_rt.pipeline import Result, load, make_options
-from specdec_rt.report import bundle_record, bundle_report, stats_table
 
 __all__ = ["app", "main", "parse_labels"]
 

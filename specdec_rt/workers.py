@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-__all__ = ["side_by_side"]
+__all__ = ["run_workers"]
 
 T = TypeVar("T")
 Tell = Callable[[int], None]
@@ -17,7 +17,7 @@ class _Stopped(Exception):  # noqa: N818  # no error
     """Another task failed."""
 
 
-def side_by_side(tasks: Sequence[Task[T]], tell: Tell) -> list[T]:
+def run_workers(tasks: Sequence[Task[T]], tell: Tell) -> list[T]:
     """What the tasks return, each from a thread of its own.
 
     `tell` is called by one thread at a time. Where a task raises, or `tell`, or this thread is interrupted, the

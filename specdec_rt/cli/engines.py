@@ -10,14 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from specdec_rt.build.builder import Workshop, graph_slots
+from specdec_rt.build.builder import EngineBuilder, graph_slots
 from specdec_rt.build.cache import EngineCache, Entry, engine_key
 from specdec_rt.build.profile import Profile
 from specdec_rt.build.recipe import Recipe
 from specdec_rt.bundle import Bundle
+from specdec_rt.cli.tables import pairs, size_text
 from specdec_rt.errors import UsageError
 from specdec_rt.manifest import Binding, Manifest
-from specdec_rt.report import pairs, size_text
 
 __all__ = ["engine_record", "engine_report", "engines_report", "find_engine", "find_engines", "is_engine_file"]
 
@@ -53,7 +53,7 @@ def find_engines(bundle: Bundle, cache: EngineCache, recipe: Recipe | None = Non
     hashes = set(bundle.manifest.files.values())
     found = [entry for entry in cache.entries() if entry.record.fields.get("graph") in hashes]
     if recipe is not None:
-        workshop = Workshop.open(bundle, recipe, cache)
+        workshop = EngineBuilder.open(bundle, recipe, cache)
         keys = {engine_key(workshop.key_fields(slot)) for slot in slots}
         found = [entry for entry in found if entry.key in keys]
     return sorted(found, key=lambda entry: order.get(entry.record.graph, len(order)))

@@ -18,8 +18,8 @@ from specdec_rt.build.builder import BuiltGraph, Reporter, build_bundle, graph_s
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import read_recipe
 from specdec_rt.bundle import load_bundle
+from specdec_rt.cli.tables import size_text
 from specdec_rt.errors import UsageError
-from specdec_rt.report import size_text
 
 __all__ = ["build"]
 

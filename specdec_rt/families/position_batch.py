@@ -7,11 +7,11 @@ import numpy as np
 
 from specdec_rt.types import IntArray
 
-__all__ = ["Span"]
+__all__ = ["PositionBatch"]
 
 
 @dataclass(frozen=True)
-class Span:
+class PositionBatch:
     """Some AR steps of each of A images, from the image's own step on, and the R tokens that they predict.
 
     Rows run step by step, in each step image by image; steps past an image's last have no rows.
@@ -35,7 +35,7 @@ class Span:
     """whether every step of every image predicts one token, as nearly always in the causal family"""
 
     @classmethod
-    def of(cls, order: IntArray, known: IntArray, step: IntArray, length: int) -> "Span":
+    def of(cls, order: IntArray, known: IntArray, step: IntArray, length: int) -> "PositionBatch":
         """The span of `length` steps from `step [A]` on."""
         bounds = known[np.minimum(step + np.arange(length + 1)[:, None], len(known) - 1)]  # [length + 1, A]
         count = (bounds[1:] - bounds[:-1]).ravel()
@@ -64,14 +64,14 @@ class Span:
             return (len(self.step),) * self.length
         return tuple(np.bincount(self.offset, minlength=self.length).tolist())
 
-    def at(self, offset: int) -> "Span":
+    def at(self, offset: int) -> "PositionBatch":
         """The one step at `offset`; its rows are those of this span with that offset, in the same order."""
         if self.single:
             images = len(self.step)
             first, owner = _grid(1, images)
             rank = self.rank[offset * images : (offset + 1) * images]
-            return Span(self.order, self.known, self.step + offset, 1, owner, first, rank, single=True)
-        return Span.of(self.order, self.known, np.minimum(self.step + offset, len(self.known) - 1), 1)
+            return PositionBatch(self.order, self.known, self.step + offset, 1, owner, first, rank, single=True)
+        return PositionBatch.of(self.order, self.known, np.minimum(self.step + offset, len(self.known) - 1), 1)
 
 
 @lru_cache(maxsize=64)

@@ -15,8 +15,8 @@ from specdec_rt.backends.availability import AUTO_ORDER, check, driver
 from specdec_rt.backends.installed import installed_version, onnxruntime_problem
 from specdec_rt.backends.tensorrt import probe
 from specdec_rt.build.cache import EngineCache
+from specdec_rt.cli.tables import pairs, size_text
 from specdec_rt.errors import BackendError, OutputError
-from specdec_rt.report import pairs, size_text
 
 __all__ = ["doctor_record", "doctor_report"]
 

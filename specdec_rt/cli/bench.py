@@ -14,12 +14,12 @@ from rich.text import Text
 from specdec_rt.bench.cost import Acceptance
 from specdec_rt.bench.predict import Predictor
 from specdec_rt.bench.timing import profile, repeat
+from specdec_rt.chain import compile_chain
+from specdec_rt.cli.tables import DISTRIBUTION
 from specdec_rt.config import SELF_DRAFT, DecodeOptions, check_whole_number
 from specdec_rt.decode.stats import Stats
 from specdec_rt.errors import UsageError
 from specdec_rt.pipeline import Pipeline, load
-from specdec_rt.report import DISTRIBUTION
-from specdec_rt.schedule import compile_chain
 
 __all__ = ["bench", "measure", "predict"]
 

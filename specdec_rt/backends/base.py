@@ -55,7 +55,7 @@ class Device(Protocol):
         """An array of zeros, and its twin. One that is not `staged` has no host side: it only names its twin."""
         ...
 
-    def pitched(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+    def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
         """As `zeros`, for an array whose entries along the first axis are bound one by one: each lies aligned."""
         ...
 
@@ -118,11 +118,11 @@ class Device(Protocol):
         """Return when everything queued is done. Raises BackendError where it failed."""
         ...
 
-    def lanes(self, images: int) -> int:
+    def batch_bucket(self, images: int) -> int:
         """How many images' buffers a batch of `images` takes: itself, or the next size that steps are captured for."""
         ...
 
-    def padded(self, count: int, limit: int) -> int:
+    def bucketed(self, count: int, limit: int) -> int:
         """What a size that changes between calls is padded to, at most `limit`; itself where nothing is captured."""
         ...
 
