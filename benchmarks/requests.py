@@ -17,7 +17,7 @@ from specdec_rt.chain import Chain
 from specdec_rt.config import DecodeOptions
 from specdec_rt.decode import loop, verify
 from specdec_rt.decode.draft import Proposal
-from specdec_rt.decode.plan import schedule_of
+from specdec_rt.plan import schedule_of
 from specdec_rt.decode.stats import Stats
 from specdec_rt.decode.verify import ExactJudgement, judge_exact
 from specdec_rt.types import FloatArray, IntArray

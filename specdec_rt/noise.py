@@ -131,7 +131,7 @@ class TokenNoise:
         return uniform[:, 0], self.draws.normal(self.image, self.position, Purpose.RESIDUAL, 1, dim, attempt)[:, 0]
 
     def residual_tries(self, tries: int, dim: int) -> tuple[FloatArray, FloatArray]:
-        """`[R, tries, D]` normals and `[R, tries]` uniforms: the proposals of `paper` mode's residual, and their tests."""
+        """`[R, tries, D]` normals, `[R, tries]` uniforms: `paper` mode's proposals for a residual, and their tests."""
         normal = self.draws.normal(self.image, self.position, Purpose.RESIDUAL, tries, dim)
         return normal, self.draws.uniform(self.image, self.position, Purpose.RESIDUAL, tries)
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from specdec_rt.types import Array, FloatArray
+from specdec_rt.types import Array
 
 __all__ = ["Backend", "BoundCall", "Device", "Engine", "Limits", "run_once"]
 
@@ -153,14 +153,16 @@ class Backend(Protocol):
         ...
 
 
-def run_once(device: Device, engine: Engine, inputs: Mapping[str, Array], output: str, shape: tuple[int, ...]) -> Array:
-    """The float32 `output` of so many sizes that an engine makes of host arrays, in buffers of this call alone."""
+def run_once(
+    device: Device, engine: Engine, inputs: Mapping[str, Array], outputs: Mapping[str, tuple[int, ...]]
+) -> dict[str, Array]:
+    """The float32 outputs, of these shapes, that an engine makes of host arrays, in buffers of this call alone."""
     staged = {name: device.zeros(array.shape, array.dtype.type) for name, array in inputs.items()}
     for name, array in inputs.items():
         staged[name][...] = array
-    result = device.zeros(shape, np.float32)
+    made = {name: device.zeros(shape, np.float32) for name, shape in outputs.items()}
     device.upload(*staged.values())()
-    engine.bind(staged, {output: result}, once=True)()
-    device.download(result)()
+    engine.bind(staged, made, once=True)()
+    device.download(*made.values())()
     device.wait()
-    return result
+    return made

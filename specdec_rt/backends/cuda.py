@@ -12,7 +12,7 @@ from specdec_rt.backends.device_allocations import DeviceAllocations
 from specdec_rt.backends.graph import Recording
 from specdec_rt.backends.kernels import KERNELS, compile_kernels
 from specdec_rt.errors import BackendError
-from specdec_rt.types import Array, FloatArray
+from specdec_rt.types import Array
 
 __all__ = ["CudaDevice"]
 

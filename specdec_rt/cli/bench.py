@@ -110,7 +110,7 @@ def measure(
     classes = pipeline.bundle.manifest.classes
     options = {mode: _options(mode, ar_steps) for mode in modes}
     for each in options.values():
-        pipeline.session(each)  # raises what a request would raise, before any time is spent
+        pipeline.setup(each)  # raises what a request would raise, before any time is spent
     rows = []
     for batch in batches:
         for mode, each in options.items():

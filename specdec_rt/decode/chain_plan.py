@@ -54,6 +54,17 @@ class ChainArrays:
         std = None if self.std is None else self.std[rows]
         return ChainArrays(self.guidance[:, rows], self.normals[rows], self.path[rows], self.mean[rows], std)
 
+    def judged(self, head: Head) -> "ChainArrays":
+        """The same paths, with room for other means."""
+        mean = head.device.zeros(self.mean.shape, np.float32)
+        return ChainArrays(self.guidance, self.normals, self.path, mean, None)
+
+    def beside(self, head: Head) -> "ChainArrays":
+        """Room for other chains that begin alike, on the same noise."""
+        (branches, rows), length = self.guidance.shape, self.mean.shape[1]
+        own = ChainArrays.make(head, branches, rows, length)
+        return ChainArrays(self.guidance, self.normals, own.path, own.mean, own.std)
+
     @property
     def drawn(self) -> list[Array]:
         """What the chains leave."""
@@ -82,7 +93,8 @@ class CallBuffers:
     """`[n, R, D]`, where the chain learns it"""
     modulation: Array
     """`[steps, R, G, M]`, of as many steps at a time as fit"""
-    bound: dict[tuple[int, int, int | None], BoundCall] = field(default_factory=dict)
+    bound: dict[tuple[int, int, int], BoundCall] = field(default_factory=dict)
+    """calls by their number and the addresses of what differs: many chains make the same ones"""
 
     @classmethod
     def make(cls, head: Head, branches: int, rows: int) -> "CallBuffers":
@@ -104,27 +116,22 @@ class CallBuffers:
             modulation=head.modulation_buffer(branches, rows, steps),
         )
 
-    def evaluate(self, head: Head, call: int, place: int, step: int | None) -> BoundCall:
-        """Call number `call` on the modulation at `place`: transition `step` of all rows; None: of each row its own."""
-        key = call, place, step
+    def evaluate(self, head: Head, call: int, modulation: Array, step: Array) -> BoundCall:
+        """Call number `call` on `modulation [R, G, M]`, of transitions `step [R]`."""
+        key = call, modulation.ctypes.data, step.ctypes.data
         if key not in self.bound:
-            steps = self.step[call] if step is None else self.fixed_step[step]
-            self.bound[key] = self.evaluate_on(head, call, self.modulation[place], steps)
+            inputs = {
+                "state": self.state[call],
+                "modulation": modulation,
+                "guidance": self.guidance,
+                "coefficients": head.coefficients,
+                "step": step,
+                "noise": self.noise[call],
+            }
+            std = {} if self.std is None else {"std": self.std[call]}
+            outputs = {"next_state": self.state[call + 1], "mean": self.mean[call], **std}
+            self.bound[key] = head.engines.denoise_step.bind(inputs, outputs)
         return self.bound[key]
-
-    def evaluate_on(self, head: Head, call: int, modulation: Array, steps: Array) -> BoundCall:
-        """The same on `modulation [R, G, M]`, at transitions `steps [R]`."""
-        inputs = {
-            "state": self.state[call],
-            "modulation": modulation,
-            "guidance": self.guidance,
-            "coefficients": head.coefficients,
-            "step": steps,
-            "noise": self.noise[call],
-        }
-        std = {} if self.std is None else {"std": self.std[call]}
-        outputs = {"next_state": self.state[call + 1], "mean": self.mean[call], **std}
-        return head.engines.denoise_step.bind(inputs, outputs)
 
     def start(self, head: Head, z: Array, z_row: Array, arrays: ChainArrays) -> list[BoundCall]:
         """What comes before the first call: conditions are rows `z_row [G R]` of `z [conditions, Z]`."""
@@ -146,9 +153,9 @@ class FullChains:
     def __init__(
         self, head: Head, buffers: CallBuffers, z: Array, arrays: ChainArrays, *, own_begin: bool = False
     ) -> None:
-        device, (rows, count, _) = head.device, arrays.mean.shape
+        device, count = head.device, arrays.mean.shape[1]
         self._transitions = head.chain.length
-        self.left_out, self.left_out_modulation = np.zeros(0, np.int64), None
+        self.left_out, self.left_out_modulation = np.zeros(0, np.int64), buffers.modulation[:0]
         self.z_row = device.zeros((arrays.guidance.size,), np.int64)
         self._step = (buffers.step if own_begin else buffers.fixed_step)[:count]
         self._made: list[tuple[slice, Array]] = []
@@ -159,10 +166,15 @@ class FullChains:
             self._made.append((made, steps))
             self.calls.append(modulate)
             for call in range(made.start, made.stop):
-                self.calls.append(buffers.evaluate(head, call, call - made.start, None if own_begin else call))
+                modulation = buffers.modulation[call - made.start]
+                self.calls.append(buffers.evaluate(head, call, modulation, self._step[call]))
         self.token = buffers.state[count]
         """`[R, D]`, in one piece"""
-        left = (buffers.state[: count + 1], buffers.mean[:count], *([] if buffers.std is None else [buffers.std[:count]]))
+        left = (
+            buffers.state[: count + 1],
+            buffers.mean[:count],
+            *([] if buffers.std is None else [buffers.std[:count]]),
+        )
         self.calls += [device.copy(to, of.swapaxes(0, 1)) for to, of in zip(arrays.drawn, left, strict=True)]
         self.inputs = [self._step, *(steps for _, steps in self._made)] if own_begin else []
         """what `begin_at` fills"""
@@ -263,16 +275,17 @@ class StridedChains:
         self.calls += [
             device.gather(modulation.reshape(rows, -1), made, modulation_row),
             device.gather(buffers.noise[0], normals.reshape(-1, dim), noise_row),
-            buffers.evaluate_on(head, 0, modulation, buffers.step[0]),
+            buffers.evaluate(head, 0, modulation, buffers.step[0]),
             self._hold(head, 0),
         ]
         self.inputs = [buffers.step[0], modulation_row, noise_row, *self._window]
 
     def _call_at(self, head: Head, call: int, place: int, step: int) -> None:
-        """A call of all rows at one step of the mask."""
+        """A call of all rows at one step of the mask, on the modulation at `place`."""
+        buffers = self._buffers
         self.calls += [
-            head.device.copy(self._buffers.noise[call], self._arrays.normals[:, 1 + step]),
-            self._buffers.evaluate(head, call, place, self._first + step),
+            head.device.copy(buffers.noise[call], self._arrays.normals[:, 1 + step]),
+            buffers.evaluate(head, call, buffers.modulation[place], buffers.fixed_step[self._first + step]),
             self._hold(head, call),
         ]
 

@@ -5,11 +5,10 @@ buffers.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-from specdec_rt.backends.base import BoundCall, Device, Engine
+from specdec_rt.backends.base import BoundCall, Device, Engine, run_once
 from specdec_rt.capacity import Capacity
 from specdec_rt.chain import Chain
 from specdec_rt.errors import BackendError
@@ -70,8 +69,6 @@ class Head:
         self.time_table = self.constant(time_table.astype(np.float32))
         self.coefficients = self.constant(chain.coefficients.astype(np.float32))
         self._modulation_buffer = np.zeros(0, np.float32)
-        self._transition = lru_cache(maxsize=device.kept_shapes)(self._make_transition)
-        self._path_means = lru_cache(maxsize=device.kept_shapes)(self._make_path_means)
 
     # --- eager ------------------------------------------------------------------------------------------
 
@@ -122,31 +119,40 @@ class Head:
 
         `z [G, R, Z]`, `guidance [G, R]`, `state [R, D]`, `noise [R, D]`.
         """
-        inputs, outputs, call = self._transition(len(z), len(state))
-        given = {"z": z, "guidance": guidance, "state": state, "noise": noise, "step": step, "modulation_step": step}
-        for name, value in given.items():
-            inputs[name][:] = value
-        call()
-        self.device.wait()
-        std = outputs["std"].copy() if self.learned_std else None
-        return outputs["next_state"].copy(), outputs["mean"].copy(), std
+        modulation, steps = self._modulation(z, np.array([step]))[0], np.full(len(state), step)
+        given = {"state": state, "modulation": modulation, "guidance": guidance, "step": steps, "noise": noise}
+        made = self._run(self.engines.denoise_step, given, ["next_state", "mean"], state.shape)
+        return made["next_state"], made["mean"], made.get("std")
 
     def means(self, path: FloatArray, z: FloatArray, guidance: FloatArray) -> FloatArray:
         """`[R, n, D]`: the mean of every transition out of the states of `path [R, n + 1, D]`, in batched calls.
 
         `z [G, R, Z]`, `guidance [G, R]`. Raises BackendError where a mean is not finite.
         """
-        size = self.capacity.paths_per_call(len(z), self.modulation_width, self.chain.length)
-        found = []
-        for first in range(0, len(path), size):
-            rows = slice(first, first + size)
-            inputs, mean, call = self._path_means(len(z), len(path[rows]))
-            inputs["path"][:], inputs["z"][:], inputs["guidance"][:] = path[rows], z[:, rows], guidance[:, rows]
-            call()
-            self.device.wait()
-            found.append(mean.copy())
+        rows, n, dim = len(path), self.chain.length, self.token_dim
+        size, found = self.paths_per_call(len(z)), []
+        for part in (slice(first, first + size) for first in range(0, rows, size)):
+            modulation = self._modulation(z[:, part], np.arange(n))
+            given = {"path": path[part], "modulation": modulation, "guidance": guidance[:, part]}
+            found.append(self._run(self.engines.path_means, given, ["mean"], (len(path[part]), n, dim))["mean"])
         require_finite(mean := np.concatenate(found), "path_means")
         return mean
+
+    def _run(
+        self, engine: Engine, given: dict[str, Array], names: list[str], shape: tuple[int, ...]
+    ) -> dict[str, Array]:
+        """Outputs, all of one shape. What is no index is cast to the float32 that graphs take."""
+        cast = {name: value if value.dtype == np.int64 else value.astype(np.float32) for name, value in given.items()}
+        names = [*names, "std"] if self.learned_std else names
+        return run_once(self.device, engine, cast | {"coefficients": self.coefficients}, dict.fromkeys(names, shape))
+
+    def _modulation(self, z: FloatArray, steps: IntArray) -> FloatArray:
+        """`[steps, R, G, M]` of conditions `z [G, R, Z]`."""
+        (branches, rows, _), width = z.shape, self.modulation_width
+        row, step = np.tile(np.arange(rows), len(steps)), np.repeat(steps, rows)
+        inputs: dict[str, Array] = {"z": z.astype(np.float32), "row": row, "time_table": self.time_table, "step": step}
+        made = run_once(self.device, self.engines.modulation, inputs, {"modulation": (len(row) * branches, width)})
+        return made["modulation"].reshape(len(steps), rows, branches, width)
 
     # --- calls that others record -----------------------------------------------------------------------
 
@@ -172,41 +178,19 @@ class Head:
         self.device.wait()
         return array
 
-    # --- buffers of eager calls -------------------------------------------------------------------------
+    def bind_path_means(
+        self, path: Array, modulation: Array, guidance: Array, coefficients: Array, mean: Array
+    ) -> list[BoundCall]:
+        """The calls that fill `mean`; arguments as the graph names them. `guidance [G, R]` may be a view."""
+        own = self.device.zeros(guidance.shape, np.float32)
+        inputs = {"path": path, "modulation": modulation, "guidance": own, "coefficients": coefficients}
+        # Where std is learned the graph gives it as well; nobody reads it.
+        std = {"std": self.device.zeros(mean.shape, np.float32, staged=False)} if self.learned_std else {}
+        return [self.device.copy(own, guidance), self.engines.path_means.bind(inputs, {"mean": mean, **std})]
 
-    def _make_transition(self, branches: int, rows: int) -> tuple[dict[str, Array], dict[str, Array], BoundCall]:
-        device, shape = self.device, (rows, self.token_dim)
-        z = device.zeros((branches, rows, self.z_dim), np.float32)
-        modulation = device.zeros((1, rows, branches, self.modulation_width), np.float32, staged=False)
-        modulation_step, modulate = self.modulate(z, modulation)
-        inputs = {name: device.zeros(shape, np.float32) for name in ("state", "noise")}
-        inputs |= {"guidance": device.zeros((branches, rows), np.float32), "step": device.zeros((rows,), np.int64)}
-        names = ("next_state", "mean", "std") if self.learned_std else ("next_state", "mean")
-        outputs = {name: device.zeros(shape, np.float32) for name in names}
-        bound = {**inputs, "modulation": modulation[0], "coefficients": self.coefficients}
-        evaluate = self.engines.denoise_step.bind(bound, outputs)
-        filled = {**inputs, "z": z, "modulation_step": modulation_step}
-        moves = device.upload(*filled.values()), device.download(*outputs.values())
-        return filled, outputs, device.record([moves[0], modulate, evaluate, moves[1]])
-
-    def _make_path_means(self, branches: int, rows: int) -> tuple[dict[str, Array], Array, BoundCall]:
-        device, n, dim = self.device, self.chain.length, self.token_dim
-        z = device.zeros((branches, rows, self.z_dim), np.float32)
-        path, guidance = device.zeros((rows, n + 1, dim), np.float32), device.zeros((branches, rows), np.float32)
-        mean = device.zeros((rows, n, dim), np.float32)
-        modulation = self.modulation_buffer(branches, rows, n)
-        step, modulate = self.modulate(z, modulation)
-        step[:] = np.repeat(np.arange(n), rows)
-        inputs = {"path": path, "modulation": modulation, "guidance": guidance, "coefficients": self.coefficients}
-        evaluate = self.path_means(inputs, mean)
-        filled = {"path": path, "z": z, "guidance": guidance}
-        moves = device.upload(*filled.values(), step), device.download(mean)
-        return filled, mean, device.record([moves[0], modulate, evaluate, moves[1]])
-
-    def path_means(self, inputs: dict[str, Array], mean: Array) -> BoundCall:
-        """A call of `path_means`; where std is learned the graph gives it as well, and nobody reads it."""
-        unread = {"std": self.device.zeros(mean.shape, np.float32, staged=False)} if self.learned_std else {}
-        return self.engines.path_means.bind(inputs, {"mean": mean, **unread})
+    def paths_per_call(self, branches: int) -> int:
+        """How many paths are judged in one call."""
+        return self.capacity.paths_per_call(branches, self.modulation_width, self.chain.length)
 
 
 def require_finite(values: Array, graph: str) -> None:

@@ -10,7 +10,7 @@ __all__ = ["Model"]
 
 @dataclass(frozen=True)
 class Model:
-    """A target or a draft. A draft may drive the target's own head; a target that drafts for itself is its own draft."""
+    """A target or a draft. A draft may drive the target's own head."""
 
     backbone: Backbone
     """with its caches for the images of one batch"""

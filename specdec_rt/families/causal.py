@@ -45,7 +45,7 @@ class CausalBackbone(Backbone):
         self._call = lru_cache(maxsize=device.kept_shapes)(self._make_call)
 
     def begin(self, labels: IntArray) -> None:
-        """Turn to the images with `labels [A]`; old cache entries stay, but positions after a query's own are masked."""
+        """Turn to the images with `labels [A]`. Old cache entries may stay: what lies after a query is masked."""
         super().begin(labels)
         rows = len(labels) * self.branches
         if not self._caches or len(self._caches[self._names[0]]) < rows:

@@ -16,7 +16,7 @@ from specdec_rt.chain import Chain, ChainSpec, compile_chain
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import Model
 from specdec_rt.decode.loop import Session
-from specdec_rt.decode.plan import Plan
+from specdec_rt.plan import Plan
 from specdec_rt.decode.steps import Steps
 from specdec_rt.draft_steps import choose_draft_steps
 from specdec_rt.families.backbone import Ask, Backbone
