@@ -107,7 +107,7 @@ def _run(flavour: TensorRTModule, bundle: Bundle, slot: GraphSlot, plan: bytes) 
     cpu = OnnxRuntimeBackend(threads=1)
 
     def table(on: Any, engine: Any) -> Array:  # noqa: ANN401  # a device and one of its engines
-        return run_once(on, engine, {"timestep": timestep}, "time_table", shape)
+        return run_once(on, engine, {"timestep": timestep}, {"time_table": shape})["time_table"]
 
     expected = table(cpu.device, cpu.load(path))
     found = table(device, TensorRtEngine(flavour, device, deserialise(flavour, plan), path))
