@@ -22,9 +22,9 @@ from specdec_rt.decode.decoder import Decoder, DecodingSetup
 from specdec_rt.decode.draft_length import DraftLengthController
 from specdec_rt.decode.exact import ExactVerifier
 from specdec_rt.decode.paper import PaperVerifier
+from specdec_rt.decode.round import Verifier
 from specdec_rt.decode.session import Session
 from specdec_rt.decode.stats import Counters, Stats
-from specdec_rt.decode.verifier import Verifier
 from specdec_rt.errors import UsageError
 from specdec_rt.models import Models
 from specdec_rt.noise import NoiseSource

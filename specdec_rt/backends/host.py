@@ -71,7 +71,7 @@ class HostDevice:
     ) -> BoundCall:
         """Transitions on a held x̂₀, unrolled into one product for each window; mostly all rows share one."""
         (before, after, evaluated_mean), (begins, ends), noise = evaluated, window, normals[:, 1:]
-        unrolled = lru_cache(maxsize=256)(lambda begin, end: _unrolled(coefficients[begin + 1 : end, :3]))
+        unrolled = lru_cache(maxsize=256)(lambda begin, end: _unrolled(coefficients[begin:end]))
 
         def call() -> None:
             windows = dict.fromkeys(zip(begins.tolist(), ends.tolist(), strict=True))
@@ -83,9 +83,9 @@ class HostDevice:
                 path[rows, begin + 1], mean[rows, begin] = after[rows], evaluated_mean[rows]
                 if end == begin + 1:
                     continue
-                x0_pred = coefficients[begin, 3] * before[rows] + coefficients[begin, 4] * evaluated_mean[rows]
-                given = np.concatenate([after[rows][None], x0_pred[None], noise[rows, begin + 1 : end].swapaxes(0, 1)])
-                held = (unrolled(begin, end) @ given.reshape(len(given), -1)).reshape(2, -1, *x0_pred.shape)
+                states = np.stack([before[rows], evaluated_mean[rows], after[rows]])
+                given = np.concatenate([states, noise[rows, begin + 1 : end].swapaxes(0, 1)])
+                held = (unrolled(begin, end) @ given.reshape(len(given), -1)).reshape(2, -1, *states.shape[1:])
                 mean[rows, begin + 1 : end], path[rows, begin + 2 : end + 1] = held.swapaxes(1, 2)
                 after[rows] = path[rows, end]
 
@@ -114,14 +114,16 @@ class HostDevice:
 
 
 def _unrolled(coefficients: FloatArray) -> FloatArray:
-    """`[2 H, 2 + H]`: the means, then the states of a recurrence of H steps, as one product.
+    """`[2 H, 3 + H]`: the means, then the states of the H transitions after an evaluated one, as one product.
 
-    They are linear in the first state, x̂₀ and the noise of each step; `coefficients [H, 3]` belong to these three.
+    They are linear in the state before the evaluated transition, its mean, the state after it, and the noise of each
+    step; `coefficients [1 + H, 5]` are those of the evaluated transition and of the others.
     """
     given = np.eye(2 + len(coefficients))
-    state, means, states = given[0], [], []
-    for step, (of_state, of_x0, std) in enumerate(coefficients):
-        means.append(of_state * state + of_x0 * given[1])
-        state = means[-1] + std * given[2 + step]
+    x0_pred = coefficients[0, 3] * given[0] + coefficients[0, 4] * given[1]
+    state, means, states = given[2], [], []
+    for step, (of_state, of_x0, std, *_) in enumerate(coefficients[1:]):
+        means.append(of_state * state + of_x0 * x0_pred)
+        state = means[-1] + std * given[3 + step]
         states.append(state)
     return np.array([*means, *states])

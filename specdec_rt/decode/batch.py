@@ -6,6 +6,7 @@ batches come in the sizes that launches are captured for. A slot without work st
 
 import numpy as np
 
+from specdec_rt.decode.round import RowInputs
 from specdec_rt.decode.session import Session
 from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.noise import Draws, Purpose, TokenNoise
@@ -98,18 +99,16 @@ class Batch:
 
     # --- rows -------------------------------------------------------------------------------------------
 
-    def next_positions(self, length: int) -> PositionBatch:
+    def next_rows(self, length: int) -> RowInputs:
         """The next `length` AR steps of all slots."""
-        return PositionBatch.of(self.order, self._plan.schedule.known, self.ar_step, length)
+        positions = PositionBatch.of(self.order, self._plan.schedule.known, self.ar_step, length)
+        normals = self._normals[positions.image_index, positions.position]
+        return RowInputs(positions, self.tokens, normals, self._plan.guidance_at(positions.ar_step))
 
     @property
     def order(self) -> IntArray:
         """`[A, L]` each slot's positions in the order in which they are predicted."""
         return self._order[self.image]
-
-    def normals(self, positions: PositionBatch) -> FloatArray:
-        """`[R, n + 1, D]` the noise of the rows' chains."""
-        return self._normals[positions.image_index, positions.position]
 
     def noise(self, positions: PositionBatch) -> TokenNoise:
         """The other draws of the rows' tokens."""

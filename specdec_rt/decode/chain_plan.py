@@ -40,30 +40,15 @@ class ChainArrays:
     @classmethod
     def make(cls, head: Head, branches: int, rows: int, length: int) -> "ChainArrays":
         """Arrays for R chains of `length` transitions."""
-        zeros, dim = head.device.zeros, head.token_dim
-        return cls(
-            guidance=zeros((branches, rows), np.float32),
-            normals=zeros((rows, length + 1, dim), np.float32),
-            path=zeros((rows, length + 1, dim), np.float32),
-            mean=zeros((rows, length, dim), np.float32),
-            std=zeros((rows, length, dim), np.float32) if head.learned_std else None,
-        )
+        states, transitions = (rows, length + 1, head.token_dim), (rows, length, head.token_dim)
+        shapes = [(branches, rows), states, states, transitions, transitions]
+        guidance, normals, path, mean, std = (head.device.zeros(shape, np.float32) for shape in shapes)
+        return cls(guidance, normals, path, mean, std if head.learned_std else None)
 
     def pick(self, rows: slice) -> "ChainArrays":
         """Some of the rows, as views."""
         std = None if self.std is None else self.std[rows]
         return ChainArrays(self.guidance[:, rows], self.normals[rows], self.path[rows], self.mean[rows], std)
-
-    def judged(self, head: Head) -> "ChainArrays":
-        """The same paths, with room for other means."""
-        mean = head.device.zeros(self.mean.shape, np.float32)
-        return ChainArrays(self.guidance, self.normals, self.path, mean, None)
-
-    def beside(self, head: Head) -> "ChainArrays":
-        """Room for other chains that begin alike, on the same noise."""
-        (branches, rows), length = self.guidance.shape, self.mean.shape[1]
-        own = ChainArrays.make(head, branches, rows, length)
-        return ChainArrays(self.guidance, self.normals, own.path, own.mean, own.std)
 
     @property
     def drawn(self) -> list[Array]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from specdec_rt.acceptance import block_verify
-from specdec_rt.decode.session import ChainSuffixes, Session, Speculation
-from specdec_rt.decode.verifier import Completion, Verdict
+from specdec_rt.decode.round import ChainSuffixes, Completion, Speculation, Verdict
+from specdec_rt.decode.session import Session
 from specdec_rt.noise import TokenNoise
 from specdec_rt.plan import Plan
 from specdec_rt.residual import draw_block_residual
@@ -59,7 +59,8 @@ class ExactVerifier:
     ) -> Completion:
         """Tokens of the target's own for the rejected `rows [J]`; `guidance [G, J]`, `token_noise` of J rows."""
         n, count = self._chain.length, len(rows)
-        done = Completion.empty(count, self._token_dim)
+        token, mean = np.empty((2, count, self._token_dim), np.float32)
+        done = Completion(token, mean, np.zeros(count, np.int64))
         left = ChainSuffixes(
             rows, guidance, done.token, np.full(count, n), np.empty((count, n, self._token_dim), np.float32)
         )

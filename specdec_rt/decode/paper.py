@@ -10,8 +10,8 @@ import numpy as np
 
 from specdec_rt.acceptance import paper_log_acceptance
 from specdec_rt.decode.head import Trajectory
-from specdec_rt.decode.session import Session, Speculation
-from specdec_rt.decode.verifier import Completion, Verdict
+from specdec_rt.decode.round import Completion, Speculation, Verdict
+from specdec_rt.decode.session import Session
 from specdec_rt.noise import TokenNoise
 from specdec_rt.plan import Plan
 from specdec_rt.residual import draw_paper_residual
