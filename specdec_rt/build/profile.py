@@ -7,19 +7,11 @@ import numpy as np
 
 from specdec_rt.ar_schedule import ArSchedule, cosine_schedule, raster_schedule
 from specdec_rt.build.recipe import Recipe, RecipeGraph, ShapeRange
+from specdec_rt.capacity import BRANCHES, Capacity
 from specdec_rt.chain import compile_chain
 from specdec_rt.manifest import Binding, GraphName, Manifest, Model
 
 __all__ = ["Profile", "graph_profile"]
-
-STATES_PER_CALL = 2**14
-"""`decode.chain`'s: paths are judged so many states, times guidance branches, at a time."""
-MODULATION_VALUES = 2**26
-"""`decode.chain`'s: so much of chains' modulation is made at a time."""
-PIXELS_PER_CALL = 2**19
-"""`pixels`': a decoder is given tokens of so many pixels at a time."""
-BRANCHES = 2
-"""G where guidance is on; without it G is 1, and engines serve both."""
 
 _Range = tuple[int, int, int]
 """Smallest, tuned for, largest."""
@@ -35,7 +27,11 @@ class Profile:
 
 
 def graph_profile(
-    manifest: Manifest, model: Model | None, graph: GraphName | None, recipe: Recipe
+    manifest: Manifest,
+    model: Model | None,
+    graph: GraphName | None,
+    recipe: Recipe,
+    capacity: Capacity = Capacity(),
 ) -> dict[str, Profile]:
     """Profiles of those inputs of a graph that have sizes fixed only when it runs.
 
@@ -46,10 +42,10 @@ def graph_profile(
     if model is None or graph is None:
         assert manifest.decoder is not None  # whoever asks has the graph
         inputs, name = manifest.decoder.graph.inputs, "decoder"
-        sizes = _decoder_sizes(manifest, recipe)
+        sizes = _decoder_sizes(manifest, recipe, capacity)
     else:
         inputs, name = model.graphs[graph].inputs, graph.value
-        sizes = _Call(manifest, model, recipe).sizes(graph)
+        sizes = _Call(manifest, model, recipe, capacity).sizes(graph)
     sizes |= _recipe_sizes(recipe, name, inputs, sizes)
     return {
         binding.name: _profile(binding, sizes)
@@ -67,10 +63,10 @@ def _profile(binding: Binding, sizes: dict[str, _Range]) -> Profile:
 # --- what the runtime asks for -----------------------------------------------------------------------
 
 
-def _decoder_sizes(manifest: Manifest, recipe: Recipe) -> dict[str, _Range]:
+def _decoder_sizes(manifest: Manifest, recipe: Recipe, capacity: Capacity) -> dict[str, _Range]:
     assert manifest.image is not None  # the bundle was checked: it has a decoder
     # All images of a request come to the decoder at once, whatever the batch was that made their tokens.
-    most = max(PIXELS_PER_CALL // (manifest.image.height * manifest.image.width), 1)
+    most = capacity.images_per_decode(manifest.image.height * manifest.image.width)
     return {"B": (1, min(recipe.middle_batch, most), most)}
 
 
@@ -80,7 +76,8 @@ class _Call:
     A target is mostly asked about a round's AR steps at once, a draft about one after the other.
     """
 
-    def __init__(self, manifest: Manifest, model: Model, recipe: Recipe) -> None:
+    def __init__(self, manifest: Manifest, model: Model, recipe: Recipe, capacity: Capacity) -> None:
+        self._capacity = capacity
         self._family = manifest.family
         self._tokens = manifest.tokens
         self._n = compile_chain(manifest.chain).length
@@ -95,7 +92,7 @@ class _Call:
     def sizes(self, graph: GraphName) -> dict[str, _Range]:
         """By symbol."""
         n = self._n
-        branches = (1, BRANCHES, BRANCHES)
+        branches = (1, BRANCHES, BRANCHES)  # engines serve requests with guidance and without it
         match graph:
             case GraphName.BACKBONE:
                 return self._mar_sizes() if self._family == "mar" else self._causal_sizes()
@@ -103,7 +100,7 @@ class _Call:
                 return {"n": (1, n, n)}
             case GraphName.MODULATION:
                 # Some steps of all rows of a chain, or one where there are many rows; all steps of some paths.
-                most = max(MODULATION_VALUES // (BRANCHES * self._modulation), self._most_rows, n)
+                most = max(self._capacity.modulation_pairs(self._modulation), self._most_rows, n)
                 usual = min(n * self._middle * self._set, most)
                 return {
                     "G": branches,
@@ -116,8 +113,7 @@ class _Call:
                 return {"G": branches, "R": (1, self._usual_rows, self._most_rows), "n": (n, n, n)}
             case GraphName.PATH_MEANS:
                 # As many as are judged where G is 1.
-                most = min(STATES_PER_CALL // n, MODULATION_VALUES // (BRANCHES * n * self._modulation))
-                most = min(self._most_rows, max(most, 1))
+                most = min(self._most_rows, self._capacity.paths_per_call(1, self._modulation, n))
                 rows = (1, min(self._middle * self._block, most), most)
                 # Those of a chain's steps that a draft on the same head has left out, or the last ones of a chain.
                 return {"G": branches, "R": rows, "n": (1, n, n), "n_plus_1": (2, n + 1, n + 1)}

@@ -7,14 +7,12 @@ from bundles import copy_bundle, edit_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec_rt import pixels
 from specdec_rt.ar_schedule import cosine_schedule
-from specdec_rt.build import profile as profiles
 from specdec_rt.build.profile import graph_profile
 from specdec_rt.build.recipe import Recipe, default_recipe, read_recipe
 from specdec_rt.bundle import load_bundle
+from specdec_rt.capacity import Capacity
 from specdec_rt.chain import compile_chain
-from specdec_rt.decode import chain
 from specdec_rt.errors import RecipeError
 from specdec_rt.manifest import Binding, Decoder, Graph, GraphName, ImageLayout
 
@@ -117,7 +115,7 @@ def test_a_mar_pairs_calls_fit(buckets, draft_length, ar_steps):
 
 def assert_modulation_fits(model, sizes, steps, most):
     for rows in {1, min(2, most), most // 2 or 1, most}:
-        pairs = rows * chain.modulation_places(rows, model.modulation_width, steps)
+        pairs = rows * Capacity().modulation_steps(rows, model.modulation_width, steps)
         assert sizes["R"][0] <= rows <= sizes["R"][2]
         assert sizes["P"][0] <= pairs <= sizes["P"][2]
 
@@ -129,14 +127,16 @@ def test_a_batch_of_paths_is_judged_within_its_profile(name, buckets, draft_leng
     n = compile_chain(manifest.chain).length
     sizes = ranges(manifest, manifest.target, GraphName.PATH_MEANS, recipe_of(buckets, draft_length))
     rows = ranges(manifest, manifest.target, GraphName.DENOISE_STEP, recipe_of(buckets, draft_length))["R"][2]
-    assert min(rows, chain.paths_per_call(branches, manifest.target.modulation_width, n)) <= sizes["R"][2]
+    assert min(rows, Capacity().paths_per_call(branches, manifest.target.modulation_width, n)) <= sizes["R"][2]
 
 
-def test_limits_are_the_runtimes():
-    assert profiles.STATES_PER_CALL == chain.STATES_PER_CALL
-    assert profiles.MODULATION_VALUES == chain.MODULATION_VALUES
-    assert profiles.BRANCHES == chain.BRANCHES
-    assert profiles.PIXELS_PER_CALL == pixels.PIXELS_PER_CALL
+def test_profiles_follow_the_capacity():
+    manifest = MANIFESTS["digits"]
+    sizes = {}
+    for capacity in (Capacity(), Capacity(states_per_call=2**7)):
+        shapes = graph_profile(manifest, manifest.target, GraphName.PATH_MEANS, recipe_of(), capacity)
+        sizes[capacity.states_per_call] = shapes["path"].max[0]
+    assert sizes == {2**14: 64, 2**7: 2**7 // 23}
 
 
 def test_engines_are_tuned_for_what_is_usual():
