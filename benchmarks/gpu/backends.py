@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.gpu.torch_device import TorchBackend, TorchDevice
+from specdec_rt.backend_choice import open_backend
 from specdec_rt.backends.availability import AUTO_ORDER, check
 from specdec_rt.backends.base import Backend
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import PrecisionTable, Recipe, default_recipe
-from specdec_rt.build.select import open_backend
 from specdec_rt.bundle import Bundle
 from specdec_rt.manifest import Precision
 

@@ -21,8 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from specdec_rt.backends.availability import driver
-from specdec_rt.build.builder import graph_slots
+from specdec_rt.backends.nvidia_driver import find_driver
+from specdec_rt.build.bundle_graphs import bundle_graphs
 from specdec_rt.bundle import Bundle, load_bundle
 from specdec_rt.chain import compile_chain
 from specdec_rt.errors import BackendError, BundleError
@@ -157,7 +157,7 @@ _RUNNERS: dict[str, Callable[[Path, Feed], Any]] = {
 def compare_bundle(bundle: Bundle, against: str, precision: Precision = "fp32") -> list[Difference]:
     """All outputs of all graphs that the bundle has in this precision."""
     found: list[Difference] = []
-    for slot in graph_slots(bundle.manifest):
+    for slot in bundle_graphs(bundle.manifest):
         try:
             paths = bundle.path(slot.graph), bundle.path(slot.graph, precision)
         except BundleError:
@@ -191,7 +191,7 @@ def main() -> int:
         parser.error("ONNX Runtime has no bf16 on the CPU; choose another backend or precision")
     if given.against != "onnxruntime":
         try:
-            driver()
+            find_driver()
         except BackendError as error:
             sys.stderr.write(f"error: {error}\n")
             return error.exit_code

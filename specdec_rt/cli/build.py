@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from specdec_rt.build.builder import BuiltGraph, Reporter, build_bundle, graph_slots
+from specdec_rt.build.builder import BuildProgress, BuiltGraph, build_bundle
+from specdec_rt.build.bundle_graphs import bundle_graphs
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import read_recipe
 from specdec_rt.bundle import load_bundle
@@ -53,8 +54,8 @@ def build(
         typer.echo(f"removed {cleared} engines from {engines.folder}", err=True)
     built: list[BuiltGraph] = []
     if read is not None:
-        with _reporter(len(graph_slots(checked.manifest))) as reporter:
-            built = build_bundle(checked, read, engines, reporter=reporter)
+        with _reporter(len(bundle_graphs(checked.manifest))) as reporter:
+            built = build_bundle(checked, read, engines, progress=reporter)
     if as_json:
         record = {"bundle": checked.manifest.name, "cache": str(engines.folder), "cleared": cleared}
         typer.echo(json.dumps({**record, "graphs": [asdict(graph) for graph in built]}))
@@ -78,7 +79,7 @@ def _table(title: str, built: list[BuiltGraph]) -> Table:
 
 
 @contextmanager
-def _reporter(count: int) -> Iterator[Reporter]:
+def _reporter(count: int) -> Iterator[BuildProgress]:
     """Bars on a terminal; elsewhere a line for each engine that is built."""
     if not sys.stderr.isatty():
         yield _Lines()

@@ -10,9 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from specdec_rt.build.builder import EngineBuilder, graph_slots
-from specdec_rt.build.cache import EngineCache, Entry, engine_key
-from specdec_rt.build.profile import Profile
+from specdec_rt.backends.tensorrt_builder import ShapeProfile
+from specdec_rt.build.builder import EngineBuilder
+from specdec_rt.build.bundle_graphs import bundle_graphs
+from specdec_rt.build.cache import EngineCache
+from specdec_rt.build.engine_record import CachedEngine, engine_key
 from specdec_rt.build.recipe import Recipe
 from specdec_rt.bundle import Bundle
 from specdec_rt.cli.tables import pairs, size_text
@@ -29,7 +31,7 @@ def is_engine_file(path: str | Path) -> bool:
     return Path(path).is_file() and (Path(path).suffix == ".plan" or _RECORD.fullmatch(Path(path).name) is not None)
 
 
-def find_engine(path: Path) -> Entry:
+def find_engine(path: Path) -> CachedEngine:
     """The engine whose plan or record lies at `path`. Raises UsageError where this machine's build left no such."""
     record = path.with_suffix(".json")
     if _RECORD.fullmatch(record.name) and record.is_file():  # the folder is a cache: no other is touched
@@ -42,29 +44,29 @@ def find_engine(path: Path) -> Entry:
     )
 
 
-def find_engines(bundle: Bundle, cache: EngineCache, recipe: Recipe | None = None) -> list[Entry]:
+def find_engines(bundle: Bundle, cache: EngineCache, recipe: Recipe | None = None) -> list[CachedEngine]:
     """The engines of a bundle's graphs that are in the cache, in the order of the graphs.
 
     With a recipe, those that it makes on this machine, at most one for each graph. Raises what `build` does of a
     recipe that does not fit.
     """
-    slots = graph_slots(bundle.manifest)
+    slots = bundle_graphs(bundle.manifest)
     order = {slot.label: index for index, slot in enumerate(slots)}
     hashes = set(bundle.manifest.files.values())
     found = [entry for entry in cache.entries() if entry.record.fields.get("graph") in hashes]
     if recipe is not None:
-        workshop = EngineBuilder.open(bundle, recipe, cache)
-        keys = {engine_key(workshop.key_fields(slot)) for slot in slots}
+        builder = EngineBuilder.open(bundle, recipe, cache)
+        keys = {engine_key(builder.key_fields(slot)) for slot in slots}
         found = [entry for entry in found if entry.key in keys]
     return sorted(found, key=lambda entry: order.get(entry.record.graph, len(order)))
 
 
-def engine_record(entry: Entry) -> dict[str, Any]:
+def engine_record(entry: CachedEngine) -> dict[str, Any]:
     """What is known of an engine, as plain values for JSON."""
     return {"key": entry.key, "path": str(entry.path), **entry.record.model_dump(mode="json")}
 
 
-def engine_report(entry: Entry) -> RenderableType:
+def engine_report(entry: CachedEngine) -> RenderableType:
     """What is known of an engine, for a terminal."""
     record = entry.record
     rows = {
@@ -85,17 +87,17 @@ def engine_report(entry: Entry) -> RenderableType:
     return Group(pairs(title, rows), table)
 
 
-def engines_report(manifest: Manifest, entries: Sequence[Entry]) -> RenderableType:
+def engines_report(manifest: Manifest, entries: Sequence[CachedEngine]) -> RenderableType:
     """Engines of a bundle, and which of its graphs have none."""
     built = {entry.record.graph for entry in entries}
-    missing = [slot.label for slot in graph_slots(manifest) if slot.label not in built]
+    missing = [slot.label for slot in bundle_graphs(manifest) if slot.label not in built]
     parts = [engine_report(entry) for entry in entries]
     if missing:
         parts.append(Text(f"no engine in the cache: {', '.join(missing)}"))
     return Group(*(line for part in parts for line in (part, "")))
 
 
-def _bindings(bindings: Sequence[Binding], profiles: dict[str, Profile]) -> list[tuple[str, list[str]]]:
+def _bindings(bindings: Sequence[Binding], profiles: dict[str, ShapeProfile]) -> list[tuple[str, list[str]]]:
     """Names, and the sizes of the profile; a run of three or more alike (a model's caches) is one."""
     found = []
     alike = groupby(bindings, lambda binding: (binding.dtype, binding.shape, profiles.get(binding.name)))

@@ -19,10 +19,11 @@ from bundles import copy_bundle, edit_manifest, read_manifest
 from rich.console import Console
 from rich.progress import Progress
 
-from specdec_rt.backends.availability import Gpu, gpu
-from specdec_rt.build import builder
-from specdec_rt.build.builder import BuiltGraph, EngineBuilder, build_bundle, graph_slots
-from specdec_rt.build.cache import EngineCache, engine_key
+from specdec_rt.backends.nvidia_driver import Gpu, find_gpu
+from specdec_rt.build.builder import BuiltGraph, EngineBuilder, build_bundle
+from specdec_rt.build.bundle_graphs import bundle_graphs
+from specdec_rt.build.cache import EngineCache
+from specdec_rt.build.engine_record import engine_key
 from specdec_rt.build.recipe import default_recipe, read_recipe
 from specdec_rt.bundle import file_sha256, load_bundle
 from specdec_rt.cli import build as build_command
@@ -93,20 +94,20 @@ def cache(place, first, tmp_path):  # noqa: ARG001  # it fills the cache
 
 
 @pytest.fixture
-def workshop(place, cache):
+def builder(place, cache):
     return EngineBuilder.open(load_bundle(place / "lone"), read_recipe(place / "recipe.toml"), cache)
 
 
 def slot(bundle, label):
-    return next(slot for slot in graph_slots(bundle.manifest) if slot.label == label)
+    return next(slot for slot in bundle_graphs(bundle.manifest) if slot.label == label)
 
 
 def plans(folder):
     return sorted(path.stem for path in folder.glob("*.plan"))
 
 
-def key(workshop, label="target.time_embedding"):
-    return engine_key(workshop.key_fields(slot(workshop.bundle, label)))
+def key(builder, label="target.time_embedding"):
+    return engine_key(builder.key_fields(slot(builder.bundle, label)))
 
 
 # --- building and finding again ----------------------------------------------------------------------
@@ -162,20 +163,20 @@ def test_clear(run, cache):
         (RECIPE + "[profiles.time_embedding]\ntimestep = { min = [23], opt = [23], max = [23] }\n", True),
     ],
 )
-def test_any_change_of_the_recipe_misses(workshop, tmp_path, text, changed):
+def test_any_change_of_the_recipe_misses(builder, tmp_path, text, changed):
     (tmp_path / "other.toml").write_text(text)
-    other = dataclasses.replace(workshop, recipe=read_recipe(tmp_path / "other.toml"))
-    assert (key(other) != key(workshop)) == changed
+    other = dataclasses.replace(builder, recipe=read_recipe(tmp_path / "other.toml"))
+    assert (key(other) != key(builder)) == changed
 
 
-def test_another_library_misses(workshop):
-    other = dataclasses.replace(workshop.flavour, version="9.9")
-    assert key(dataclasses.replace(workshop, flavour=other)) != key(workshop)
+def test_another_library_misses(builder):
+    other = dataclasses.replace(builder.tensorrt, version="9.9")
+    assert key(dataclasses.replace(builder, tensorrt=other)) != key(builder)
 
 
-def test_gpus_and_drivers_are_told_apart(workshop):
+def test_gpus_and_drivers_are_told_apart(builder):
     gpus = [Gpu("A", "8.9", 1, "580"), Gpu("B", "8.9", 1, "580"), Gpu("A", "9.0", 1, "580"), Gpu("A", "8.9", 1, "590")]
-    assert len({key(dataclasses.replace(workshop, gpu=one)) for one in [None, *gpus]}) == 5
+    assert len({key(dataclasses.replace(builder, gpu=one)) for one in [None, *gpus]}) == 5
 
 
 def test_a_changed_graph_is_built_and_the_others_are_found(run, place, cache, tmp_path):
@@ -191,32 +192,32 @@ def test_a_changed_graph_is_built_and_the_others_are_found(run, place, cache, tm
     assert built == {graph: graph == "target.time_embedding" for graph in GRAPHS}
 
 
-def test_changed_weights_miss(workshop):
-    bundle = workshop.bundle
+def test_changed_weights_miss(builder):
+    bundle = builder.bundle
     files = {**bundle.manifest.files, "target.safetensors": "0" * 64}
     other = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"files": files}))
     for label in GRAPHS:
-        assert key(dataclasses.replace(workshop, bundle=other), label) != key(workshop, label)
+        assert key(dataclasses.replace(builder, bundle=other), label) != key(builder, label)
 
 
-def test_a_new_driver_is_told_of(workshop, caplog):
-    here = slot(workshop.bundle, "target.time_embedding")
-    old, new = (dataclasses.replace(workshop, gpu=Gpu("A", "8.9", 1, driver)) for driver in ("580", "590"))
+def test_a_new_driver_is_told_of(builder, caplog):
+    here = slot(builder.bundle, "target.time_embedding")
+    old, new = (dataclasses.replace(builder, gpu=Gpu("A", "8.9", 1, driver)) for driver in ("580", "590"))
     old.engine(here)
     assert "the engine in the cache is for gpu none, here A (compute capability 8.9), driver none" in caplog.text
     assert not new.engine(here)[1].cached
     assert "the engine in the cache is for driver 580, here 590; it is built anew" in caplog.text
     assert old.engine(here)[1].cached
-    assert workshop.engine(here)[1].cached
+    assert builder.engine(here)[1].cached
 
 
 # --- trust -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["tampered", "truncated", "altered record", "no record", "another machine's"])
-def test_what_this_machine_did_not_build_is_built_anew(workshop, cache, caplog, monkeypatch, tmp_path, damage):
+def test_what_this_machine_did_not_build_is_built_anew(builder, cache, caplog, monkeypatch, tmp_path, damage):
     """`Runtime` raises in all these tests: nothing is deserialised on the way."""
-    plan = cache.folder / f"{key(workshop)}.plan"
+    plan = cache.folder / f"{key(builder)}.plan"
     record = plan.with_suffix(".json")
     content = bytearray(plan.read_bytes())
     if damage == "tampered":
@@ -232,8 +233,8 @@ def test_what_this_machine_did_not_build_is_built_anew(workshop, cache, caplog, 
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
         cache = EngineCache(cache.folder)
     refused = plan.read_bytes() if damage in ("tampered", "truncated") else None
-    again = EngineBuilder.open(workshop.bundle, workshop.recipe, cache)
-    given, _ = again.engine(slot(workshop.bundle, "target.time_embedding"))
+    again = EngineBuilder.open(builder.bundle, builder.recipe, cache)
+    given, _ = again.engine(slot(builder.bundle, "target.time_embedding"))
     assert given != refused
     assert f"the engine {plan} is not used" in caplog.text
     assert given == plan.read_bytes() == cache.read(plan.stem)
@@ -308,21 +309,21 @@ def test_a_recipe_that_builds_nothing(run, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_recipe_that_does_not_fit_builds_nothing(workshop, tmp_path):
+def test_a_recipe_that_does_not_fit_builds_nothing(builder, tmp_path):
     text = RECIPE + "[profiles.path_means]\nguidance = { min = [1], opt = [1], max = [1] }\n"
     (tmp_path / "wrong.toml").write_text(text)
-    with pytest.raises(RecipeError, match=r"wrong\.toml:5: profiles\.path_means\.guidance has 1 sizes"):
-        build_bundle(workshop.bundle, read_recipe(tmp_path / "wrong.toml"), EngineCache(tmp_path / "new"))
+    with pytest.raises(RecipeError, match=r"wrong\.toml: profiles\.path_means\.guidance has 1 sizes"):
+        build_bundle(builder.bundle, read_recipe(tmp_path / "wrong.toml"), EngineCache(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.skipif(gpu() is not None, reason="for machines without a GPU")
-def test_tensorrt_builds_only_where_there_is_a_gpu(workshop, monkeypatch):
+@pytest.mark.skipif(find_gpu() is not None, reason="for machines without a GPU")
+def test_tensorrt_builds_only_where_there_is_a_gpu(builder):
     """`tensorrt` itself cannot be installed without a GPU to use it on: TensorRT-RTX stands in, without its gift."""
-    capabilities = dataclasses.replace(workshop.flavour.capabilities, compute_capabilities=())
-    monkeypatch.setattr(builder, "probe", lambda _: dataclasses.replace(workshop.flavour, capabilities=capabilities))
+    capabilities = dataclasses.replace(builder.tensorrt.capabilities, compute_capabilities=())
+    tensorrt = dataclasses.replace(builder.tensorrt, capabilities=capabilities)
     with pytest.raises(BackendError, match="driver"):
-        EngineBuilder.open(workshop.bundle, default_recipe("tensorrt"), workshop.cache)
+        EngineBuilder.open(builder.bundle, default_recipe("tensorrt"), builder.cache, tensorrt)
 
 
 # --- on a terminal -----------------------------------------------------------------------------------
