@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.machine import machine_record, write_json
-from specdec_rt.backends.base import run_once
+from specdec_rt.backends.base import BackendName, run_once
 from specdec_rt.backends.nvidia_driver import find_driver
 from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
 from specdec_rt.backends.tensorrt_builder import BuildSettings, build_engine
@@ -33,7 +33,7 @@ from specdec_rt.types import Array
 
 __all__ = ["main"]
 
-BACKEND = "tensorrt-rtx"
+BACKEND = BackendName.TENSORRT_RTX
 
 
 def main() -> None:
