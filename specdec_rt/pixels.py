@@ -29,7 +29,7 @@ def decode_pixels(
     shape = (layout.height, layout.width, layout.channels)
     parts = [tokens[begin : begin + size] for begin in range(0, len(tokens), size)]
     return np.concatenate(
-        [run_once(device, decoder, {"tokens": part}, "pixels", (len(part), *shape)) for part in parts]
+        [run_once(device, decoder, {"tokens": part}, {"pixels": (len(part), *shape)})["pixels"] for part in parts]
     )
 
 

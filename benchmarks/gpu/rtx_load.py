@@ -111,7 +111,7 @@ def _run(tensorrt: TensorRTModule, bundle: Bundle, slot: BundleGraph, plan: byte
     cpu = OnnxRuntimeBackend(threads=1)
 
     def table(on: Any, engine: Any) -> Array:  # noqa: ANN401  # a device and one of its engines
-        return run_once(on, engine, {"timestep": timestep}, "time_table", shape)
+        return run_once(on, engine, {"timestep": timestep}, {"time_table": shape})["time_table"]
 
     expected = table(cpu.device, cpu.load(path))
     found = table(device, TensorRTEngine(tensorrt, device, load_engine(tensorrt, plan), path))

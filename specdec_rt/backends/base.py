@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from specdec_rt.types import Array, FloatArray
+from specdec_rt.types import Array
 
 __all__ = ["Backend", "BackendName", "BoundCall", "Device", "Engine", "Limits", "run_once"]
 
@@ -104,34 +104,27 @@ class Device(Protocol):
         """`destination[index] = source [R, W]`, float32. Rows with the same index must hold the same values."""
         ...
 
-    def recur(
-        self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
-    ) -> BoundCall:
-        """A linear recurrence: H transitions that ask no engine, added up in float64.
-
-        From `path[0]` on, with `factors [H, 4]` called f: `mean[h] = f0 path[h] + f1 held[0] + f2 held[1]` and
-        `path[h + 1] = mean[h] + f3 noise[h]`. `path [H + 1, …]`, `mean` and `noise [H, …]`, contiguous or pitched,
-        `held` contiguous; no two overlap, but `held[0]` may lie before `path[0]`.
-        """
-        ...
-
-    def recur_rows(
+    def linear_recurrence(
         self,
         path: Array,
         mean: Array,
-        noise: Array,
-        state: Array,
-        made: tuple[Array, Array],
+        normals: Array,
+        evaluated: tuple[Array, Array, Array],
         window: tuple[Array, Array],
-        factors: Array,
+        coefficients: Array,
     ) -> BoundCall:
-        """A linear recurrence in a window of each row's own, begun by what an engine made; added up in float64.
+        """Transitions that ask no engine: each row goes on with the x̂₀ that its last evaluation predicted.
 
-        Row r goes from step a to step e, `(a, e)` its entries of `window`, int64 `[R]` each; where a ≥ e it stays.
-        Its entries of `made`, next state and mean `[R, D]`, become `path[r, a + 1]` and `mean[r, a]`. With `factors
-        [L, 5]` (float64) called f and held = f3[a] path[r, a] + f4[a] mean[r, a], the steps h after a are
-        `mean[r, h] = f0[h] path[r, h] + f1[h] held` and `path[r, h + 1] = mean[r, h] + f2[h] noise[r, h]`. The state
-        that it ends at goes to `state [R, D]`, too. `path [R, L + 1, D]`, `mean` and `noise [R, L, D]`; contiguous.
+        `evaluated` is what the engine did, float32 `[R, D]` each: the state before, the state after, the mean around
+        which that was drawn. `window` is `(a, e)`, int64 `[R]` each: row r evaluated its transition a, and goes on to
+        state e. So `path[r, a + 1]` and `mean[r, a]` become what the engine gave. With columns p, q, s, u, v of
+        `coefficients [n, 5]` (float64, see `Chain.hold_coefficients`) and x̂₀ = u[a] before + v[a] mean, the
+        transitions h = a + 1 … e - 1 follow: `mean[r, h] = p[h] path[r, h] + q[h] x̂₀`, and
+        `path[r, h + 1] = mean[r, h] + s[h] normals[r, h + 1]`. The state at e becomes the state after. A row with
+        a ≥ e stays where it is: its state after becomes its state before.
+
+        `path` and `normals` are `[R, n + 1, D]`, `mean` is `[R, n, D]`; all arrays are contiguous float32. Sums are
+        made in float64.
         """
         ...
 
@@ -185,14 +178,16 @@ class Backend(Protocol):
         ...
 
 
-def run_once(device: Device, engine: Engine, inputs: Mapping[str, Array], output: str, shape: tuple[int, ...]) -> Array:
-    """Run an engine once on host arrays, in buffers of its own; returns its float32 `output`, of this shape."""
+def run_once(
+    device: Device, engine: Engine, inputs: Mapping[str, Array], outputs: Mapping[str, tuple[int, ...]]
+) -> dict[str, Array]:
+    """Run an engine once on host arrays, in buffers of its own; returns its float32 outputs, of these shapes."""
     staged = {name: device.zeros(array.shape, array.dtype.type) for name, array in inputs.items()}
     for name, array in inputs.items():
         staged[name][...] = array
-    result = device.zeros(shape, np.float32)
+    made = {name: device.zeros(shape, np.float32) for name, shape in outputs.items()}
     device.upload(*staged.values())()
-    engine.bind(staged, {output: result}, once=True)()
-    device.download(result)()
+    engine.bind(staged, made, once=True)()
+    device.download(*made.values())()
     device.wait()
-    return result
+    return made

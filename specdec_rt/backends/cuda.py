@@ -12,7 +12,7 @@ from specdec_rt.backends.cuda_graph import CapturedStep
 from specdec_rt.backends.device_allocations import DeviceAllocations
 from specdec_rt.backends.kernels import KERNELS, compile_kernels
 from specdec_rt.errors import BackendError
-from specdec_rt.types import Array, FloatArray
+from specdec_rt.types import Array
 
 __all__ = ["CudaDevice"]
 
@@ -20,7 +20,6 @@ THREADS = 256
 """of a block"""
 MOST_AXES = 4
 """of a copy between views, as the kernel is written"""
-MOST_TERMS = 4
 KEPT_SHAPES = 1024
 ALIGNMENT = 256
 """bytes: what TensorRT asks of the address of a buffer that an engine is bound to"""
@@ -161,42 +160,18 @@ class CudaDevice:
         width = np.int64(source.shape[1])
         return self._launch("scatter_rows", source.size, (destination, source, index), [width])
 
-    def recur(
-        self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
-    ) -> BoundCall:
-        """As in `base.Device`: two launches a step."""
-        calls = []
-        for each, (of_state, of_first, of_second, std) in enumerate(factors.tolist()):
-            terms = [(of_state, path[each]), (of_first, held[0]), (of_second, held[1])]
-            calls.append(self._combine(mean[each], terms))
-            calls.append(self._combine(path[each + 1], [(1.0, mean[each]), (std, noise[each])]))
-
-        def call() -> None:
-            for each in calls:
-                each()
-
-        return call
-
-    def recur_rows(
+    def linear_recurrence(
         self,
         path: Array,
         mean: Array,
-        noise: Array,
-        state: Array,
-        made: tuple[Array, Array],
+        normals: Array,
+        evaluated: tuple[Array, Array, Array],
         window: tuple[Array, Array],
-        factors: Array,
+        coefficients: Array,
     ) -> BoundCall:
-        """As in `base.Device`: one launch, a thread for each value of a state."""
-        arrays = (path, mean, noise, state, *made, *window, factors)
-        return self._launch("recur_rows", state.size, arrays, [np.int64(size) for size in mean.shape[:0:-1]])
-
-    def _combine(self, destination: Array, terms: Sequence[tuple[float, Array]]) -> BoundCall:
-        """`destination = Σ factor · array` over at most four terms, added up in float64; all contiguous."""
-        assert 1 <= len(terms) <= MOST_TERMS
-        padded = [*terms, *[(0.0, terms[0][1])] * (MOST_TERMS - len(terms))]
-        arrays = (destination, *(array for _, array in padded))
-        return self._launch("combine", destination.size, arrays, [np.float64(factor) for factor, _ in padded])
+        """Transitions on a held x̂₀: one launch, a thread for each value of a state."""
+        arrays = (path, mean, normals, *evaluated, *window, coefficients)
+        return self._launch("linear_recurrence", evaluated[0].size, arrays, [np.int64(n) for n in mean.shape[1:]])
 
     def _launch(self, name: str, count: int, arrays: tuple[Array, ...], numbers: list[Any]) -> BoundCall:
         """Kernel `name` over `count` values; its arguments are the addresses of `arrays`, the count, `numbers`."""

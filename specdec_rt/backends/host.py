@@ -61,53 +61,34 @@ class HostDevice:
 
         return call
 
-    def recur(
-        self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
-    ) -> BoundCall:
-        """As in `base.Device`: unrolled into one product, of what all of it depends on."""
-        steps, size = len(mean), mean[0].size
-        unrolled = _unrolled(factors)
-        given, made = np.empty((3 + steps, size)), np.empty((2 * steps, size))
-        parts = [(given[0], path[0]), (given[1], held[0]), (given[2], held[1]), (given[3:], noise)]
-        staged = [(part.reshape(source.shape), source) for part, source in parts]
-        means_made, states_made = made[:steps].reshape(mean.shape), made[steps:].reshape(mean.shape)
-        after = path[1:]
-
-        def call() -> None:
-            for part, source in staged:
-                part[...] = source
-            np.matmul(unrolled, given, out=made)
-            mean[...] = means_made
-            after[...] = states_made
-
-        return call
-
-    def recur_rows(
+    def linear_recurrence(
         self,
         path: Array,
         mean: Array,
-        noise: Array,
-        state: Array,
-        made: tuple[Array, Array],
+        normals: Array,
+        evaluated: tuple[Array, Array, Array],
         window: tuple[Array, Array],
-        factors: Array,
+        coefficients: Array,
     ) -> BoundCall:
-        """As in `base.Device`: a product for each window that there is, which rows mostly share."""
-        (next_state, first_mean), (begins, ends) = made, window
-        unrolled = lru_cache(maxsize=256)(lambda at, end: _unrolled(factors[at + 1 : end, :3]))
+        """Transitions on a held x̂₀, unrolled into one product for each window; mostly all rows share one."""
+        (before, after, evaluated_mean), (begins, ends), noise = evaluated, window, normals[:, 1:]
+        unrolled = lru_cache(maxsize=256)(lambda begin, end: _unrolled(coefficients[begin + 1 : end, :3]))
 
         def call() -> None:
-            for at, end in dict.fromkeys(zip(begins.tolist(), ends.tolist(), strict=True)):
-                if at >= end:
+            windows = dict.fromkeys(zip(begins.tolist(), ends.tolist(), strict=True))
+            for begin, end in windows:
+                rows = slice(None) if len(windows) == 1 else np.flatnonzero((begins == begin) & (ends == end))
+                if begin >= end:
+                    after[rows] = before[rows]
                     continue
-                rows = np.flatnonzero((begins == at) & (ends == end))
-                held = factors[at, 3] * path[rows, at] + factors[at, 4] * first_mean[rows]
-                path[rows, at + 1], mean[rows, at] = next_state[rows], first_mean[rows]
-                if end > at + 1:
-                    given = [next_state[rows][None], held[None], noise[rows, at + 1 : end].swapaxes(0, 1)]
-                    after = np.tensordot(unrolled(at, end), np.concatenate(given), axes=1).swapaxes(0, 1)
-                    mean[rows, at + 1 : end], path[rows, at + 2 : end + 1] = np.split(after, 2, axis=1)
-                state[rows] = path[rows, end]
+                path[rows, begin + 1], mean[rows, begin] = after[rows], evaluated_mean[rows]
+                if end == begin + 1:
+                    continue
+                x0_pred = coefficients[begin, 3] * before[rows] + coefficients[begin, 4] * evaluated_mean[rows]
+                given = np.concatenate([after[rows][None], x0_pred[None], noise[rows, begin + 1 : end].swapaxes(0, 1)])
+                held = (unrolled(begin, end) @ given.reshape(len(given), -1)).reshape(2, -1, *x0_pred.shape)
+                mean[rows, begin + 1 : end], path[rows, begin + 2 : end + 1] = held.swapaxes(1, 2)
+                after[rows] = path[rows, end]
 
         return call
 
@@ -133,17 +114,15 @@ class HostDevice:
         return count
 
 
-def _unrolled(factors: FloatArray) -> FloatArray:
-    """`[2 H, 1 + C + H]`: the H means of a recurrence, then its H states, as products with what all of it depends on.
+def _unrolled(coefficients: FloatArray) -> FloatArray:
+    """`[2 H, 2 + H]`: the means, then the states of a recurrence of H steps, as one product.
 
-    That is the first state, C held arrays and the noise of each step; `factors [H, C + 2]` are those of the state, of
-    the held arrays and of the noise.
+    They are linear in the first state, x̂₀ and the noise of each step; `coefficients [H, 3]` belong to these three.
     """
-    steps, held = len(factors), factors.shape[1] - 2
-    known = np.eye(1 + held + steps)
-    at, means, states = known[0], [], []
-    for each, of in enumerate(factors):
-        means.append(of[0] * at + of[1:-1] @ known[1 : 1 + held])
-        at = means[-1] + of[-1] * known[1 + held + each]
-        states.append(at)
+    given = np.eye(2 + len(coefficients))
+    state, means, states = given[0], [], []
+    for step, (of_state, of_x0, std) in enumerate(coefficients):
+        means.append(of_state * state + of_x0 * given[1])
+        state = means[-1] + std * given[2 + step]
+        states.append(state)
     return np.array([*means, *states])

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from specdec_rt.decode import redraft
-from specdec_rt.decode.plan import Plan
+from specdec_rt.plan import Plan
 from specdec_rt.types import FloatArray, IntArray
 
 __all__ = [

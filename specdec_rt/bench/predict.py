@@ -66,7 +66,7 @@ class Predictor:
         hypothetical = self._share is not None and options.mode == "exact"
         # A draft that is not there is asked for as the target's own, with the rounds of a model.
         asked = replace(options, draft=SELF_DRAFT, draft_length=None) if hypothetical else options
-        plan = self.pipeline.session(asked).plan
+        plan = self.pipeline.setup(asked).plan
         if hypothetical:
             length = min(options.draft_length or manifest.defaults.draft_length, plan.schedule.steps)
             steps, chain = options.draft_steps, compile_chain(manifest.chain)
@@ -140,7 +140,7 @@ class Predictor:
 
     def _counted(self, options: DecodeOptions, images: int, stats: Stats) -> Prediction:
         """Launches and tokens of a request that was made."""
-        plan = self.pipeline.session(options).plan
+        plan = self.pipeline.setup(options).plan
         chain = compile_chain(self.pipeline.bundle.manifest.chain).length
         work = Workload(plan=plan, batch=images, chain=chain, lanes=self.pipeline.backend.device.batch_bucket)
         free: Costs = _Free()

@@ -1,4 +1,4 @@
-"""The sheet of images: every pixel where the layout says."""
+"""A sheet of images: every pixel is where the layout puts it."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from specdec_rt.cli.sheet import BACKGROUND, GAP, SheetLayout, draw_sheet
     ("labels", "per_label", "grid"),
     [(1, 1, (1, 1)), (3, 1, (1, 3)), (10, 1, (2, 5)), (10, 2, (10, 2)), (1, 8, (2, 4)), (7, 1, (2, 4))],
 )
-def test_a_row_for_each_label_or_a_wide_block(labels, per_label, grid):
+def test_each_label_has_a_row_or_all_images_make_a_wide_block(labels, per_label, grid):
     layout = SheetLayout.of(labels=labels, per_label=per_label, height=28, width=28)
     assert (layout.rows, layout.columns) == grid
 
@@ -21,7 +21,7 @@ def test_small_images_are_enlarged_in_whole_factors(side, scale):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_pixel(channels):
+def test_every_pixel_is_an_image_s_or_background(channels):
     images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, channels), np.uint8)
     layout = SheetLayout.of(labels=5, per_label=1, height=6, width=4)
     sheet = draw_sheet(images, layout)

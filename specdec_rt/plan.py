@@ -7,24 +7,33 @@ import numpy as np
 
 from specdec_rt.ar_schedule import ArSchedule, cosine_schedule, guidance_weights, raster_schedule
 from specdec_rt.backends.base import Limits
+from specdec_rt.capacity import Capacity
 from specdec_rt.chain import Chain
 from specdec_rt.config import AUTO, SELF_DRAFT, DecodeOptions, GuidanceSchedule, Mode
-from specdec_rt.decode import redraft
 from specdec_rt.draft_steps import choose_draft_steps
 from specdec_rt.errors import UsageError
 from specdec_rt.manifest import Manifest
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
-__all__ = ["Plan", "make_plan", "schedule_of"]
+__all__ = ["Plan", "Tuning", "make_plan", "schedule_of"]
 
-LONGEST = 8
-"""AR steps that a round drafts at most where they are chosen on the way, and engines set no limit."""
 PAPER_PREFILL = 0.05
-SELF_STEPS = 1.9
-"""A target that drafts for itself evaluates so many times √n of a chain's n steps, where nothing else is asked for.
 
-The fewer it evaluates, the more often it is rejected, and goes on with a part of the n: k calls and n/k weigh up.
-"""
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What decoding is tuned by. Nothing here changes a distribution."""
+
+    min_resume_steps: int = 24
+    """transitions left from which on a rejected token's chain is drafted and judged again: drafting, verification and
+    a verdict have to take less than so many head calls"""
+    self_draft_calls: float = 1.9
+    """head calls of a target that drafts for itself, as a multiple of √n for a chain of n transitions: the fewer, the
+    more often it is rejected, and has to go on with a part of the n"""
+    longest_draft: int = 8
+    """AR steps of a round at most, where its length is chosen automatically and engines set no limit"""
+    capacity: Capacity = Capacity()
+    """what fits one call"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +43,12 @@ class Plan:
     mode: Mode
     schedule: ArSchedule
     random_order: bool
-    """whether every image takes its places in an order of its own; else from first to last"""
+    """whether every image takes its positions in an order of its own; else from first to last"""
     prefill: int
     """AR steps that the target makes alone"""
     draft_length: int
     """AR steps drafted per round, at most"""
-    evaluate: BoolArray | None
+    draft_step_mask: BoolArray | None
     """`[n]` the steps at which the draft calls its head; None: all"""
     draft: str | None
     """the draft model's name; None in `target` mode, and where the target's own head drafts its chain"""
@@ -47,10 +56,12 @@ class Plan:
     guidance: float
     guidance_schedule: GuidanceSchedule
     emit_mean: bool
-    grid: BoolArray | None = None
-    """`[n]` the steps at which the target calls its head where it drafts the rest of a chain; None: it does not"""
-    paced: bool = False
-    """whether a `Pace` chooses the draft length of each round"""
+    resume_step_mask: BoolArray | None = None
+    """`[n]` the steps at which the target calls its head to draft what is left of a chain; None: it does not"""
+    min_resume_steps: int = Tuning.min_resume_steps
+    """as in `Tuning`"""
+    automatic_length: bool = False
+    """whether a `DraftLengthController` chooses the draft length of each round"""
 
     @property
     def tokens(self) -> int:
@@ -58,13 +69,13 @@ class Plan:
         return int(self.schedule.known[-1])
 
     @property
-    def slots(self) -> int:
-        """Cache places that a causal backbone needs: a last round may feed it past the end."""
+    def cache_positions(self) -> int:
+        """S, positions that a causal backbone's caches need: a last round may feed it past the end."""
         return self.tokens + self.draft_length - 1
 
     @cached_property
     def _guidance(self) -> FloatArray:
-        """`[G, S]` weights of the guidance branches at each AR step."""
+        """`[G, T]` weights of the guidance branches at each AR step."""
         return guidance_weights(self.schedule.progress, scale=self.guidance, schedule=self.guidance_schedule)
 
     def guidance_at(self, ar_step: IntArray) -> FloatArray:
@@ -72,7 +83,9 @@ class Plan:
         return self._guidance[:, ar_step]
 
 
-def make_plan(options: DecodeOptions, manifest: Manifest, chain: Chain, limits: Limits, backend: str) -> Plan:
+def make_plan(
+    options: DecodeOptions, manifest: Manifest, chain: Chain, limits: Limits, backend: str, tuning: Tuning
+) -> Plan:
     """Resolve options against a bundle's defaults and chain, and what the engines of `backend` are built for.
 
     Raises UsageError where they cannot be met, ChainError where the chain cannot do what the mode needs.
@@ -80,23 +93,24 @@ def make_plan(options: DecodeOptions, manifest: Manifest, chain: Chain, limits: 
     defaults = manifest.defaults
     mode, draft = options.mode or defaults.mode, options.draft or defaults.draft
     _check_draft(draft, mode, manifest, chain)
-    longest = _longest_draft(options, draft, mode, defaults.draft_length, limits, backend)
+    longest = _longest_draft(options, draft, mode, defaults.draft_length, limits, backend, tuning)
     schedule = schedule_of(manifest, defaults.ar_steps if options.ar_steps is None else options.ar_steps)
     if mode == "exact":
         chain.require_density_ratio()
     prefill = options.prefill
     if prefill is None:
         prefill = PAPER_PREFILL if mode == "paper" else 0.0
-    evaluate = _evaluate(options.draft_steps, draft, chain)
+    step_mask = _draft_step_mask(options.draft_steps, draft, chain, tuning)
     return Plan(
         mode=mode,
         schedule=schedule,
         random_order=manifest.family == "mar",
         prefill=int(np.searchsorted(schedule.known, prefill * manifest.tokens)),
         draft_length=min(longest, schedule.steps),
-        paced=options.draft_length == AUTO and mode == "exact",
-        evaluate=evaluate,
-        grid=_grid(evaluate, chain) if mode == "exact" else None,
+        automatic_length=options.draft_length == AUTO and mode == "exact",
+        draft_step_mask=step_mask,
+        min_resume_steps=tuning.min_resume_steps,
+        resume_step_mask=_resume_step_mask(step_mask, manifest, chain, tuning) if mode == "exact" else None,
         draft=None if draft == SELF_DRAFT or mode == "target" else draft,
         tau=options.tau,
         guidance=defaults.guidance if options.guidance is None else options.guidance,
@@ -132,7 +146,9 @@ def _check_draft(draft: str, mode: Mode, manifest: Manifest, chain: Chain) -> No
         )
 
 
-def _longest_draft(options: DecodeOptions, draft: str, mode: Mode, usual: int, limits: Limits, backend: str) -> int:
+def _longest_draft(
+    options: DecodeOptions, draft: str, mode: Mode, usual: int, limits: Limits, backend: str, tuning: Tuning
+) -> int:
     """AR steps that a round drafts at most; `usual` is the bundle's default."""
     given, most = options.draft_length, limits.draft_length
     if given == AUTO and mode == "paper":
@@ -151,13 +167,13 @@ def _longest_draft(options: DecodeOptions, draft: str, mode: Mode, usual: int, l
         return 1
     if isinstance(given, int):
         return given
-    return (most or LONGEST) if given == AUTO else min(usual, most or usual)
+    return (most or tuning.longest_draft) if given == AUTO else min(usual, most or usual)
 
 
-def _evaluate(steps: int | None, draft: str, chain: Chain) -> BoolArray | None:
-    """`Plan.evaluate` where the request asks for so many evaluations of a chain."""
+def _draft_step_mask(steps: int | None, draft: str, chain: Chain, tuning: Tuning) -> BoolArray | None:
+    """`Plan.draft_step_mask` where the request asks for so many head calls a chain."""
     if steps is None:
-        return _few_steps(chain) if draft == SELF_DRAFT else None
+        return _few_steps(chain, tuning) if draft == SELF_DRAFT else None
     if steps > chain.length:
         raise UsageError(f"draft_steps is {steps}; the chain has {chain.length} steps")
     if chain.spec.variance == "learned":
@@ -168,12 +184,17 @@ def _evaluate(steps: int | None, draft: str, chain: Chain) -> BoolArray | None:
     return choose_draft_steps(chain, steps)
 
 
-def _grid(evaluate: BoolArray | None, chain: Chain) -> BoolArray | None:
-    """`Plan.grid`: as the draft evaluates chains, where it leaves steps out."""
-    if chain.length <= redraft.LEAST:
+def _resume_step_mask(
+    draft_step_mask: BoolArray | None, manifest: Manifest, chain: Chain, tuning: Tuning
+) -> BoolArray | None:
+    """`Plan.resume_step_mask`: the draft's own steps, where it leaves some out."""
+    width, n = manifest.target.modulation_width, chain.length
+    assert width is not None  # the bundle was checked: a target has a head
+    if n <= tuning.min_resume_steps or tuning.capacity.modulation_steps(1, width, n) < n:
         return None
-    return _few_steps(chain) if evaluate is None or evaluate.all() else evaluate
+    few = draft_step_mask is not None and not draft_step_mask.all()
+    return draft_step_mask if few else _few_steps(chain, tuning)
 
 
-def _few_steps(chain: Chain) -> BoolArray:
-    return choose_draft_steps(chain, round(SELF_STEPS * chain.length**0.5))
+def _few_steps(chain: Chain, tuning: Tuning) -> BoolArray:
+    return choose_draft_steps(chain, round(tuning.self_draft_calls * chain.length**0.5))
