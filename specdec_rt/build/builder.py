@@ -88,10 +88,8 @@ class EngineBuilder:
     GPU never take each other's place"""
 
     @classmethod
-    def open(
-        cls, bundle: Bundle, recipe: Recipe, cache: EngineCache, tensorrt: TensorRTModule | None = None
-    ) -> "EngineBuilder":
-        """Find the recipe's TensorRT (unless it is given) and the GPU.
+    def open(cls, bundle: Bundle, recipe: Recipe, cache: EngineCache) -> "EngineBuilder":
+        """Find the recipe's TensorRT and the GPU.
 
         Raises UsageError for a backend that builds nothing, BackendError where TensorRT or a GPU is missing.
         """
@@ -101,7 +99,7 @@ class EngineBuilder:
                 f"the recipe {recipe.path or ''} is for backend {recipe.backend.value!r}, which runs the bundle's "
                 f"graphs as they are: there is nothing to build; expected a recipe for {able}"
             )
-        tensorrt = tensorrt or probe(recipe.backend)
+        tensorrt = probe(recipe.backend)
         needs_gpu = not tensorrt.capabilities.compute_capabilities
         gpu = find_driver().gpus[0] if needs_gpu else find_gpu()  # the first raises an error that says what is missing
         return cls(bundle, recipe, cache, tensorrt, gpu)
