@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from specdec_rt.backend_choice import open_backend
 from specdec_rt.backends.base import Backend
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import read_recipe
-from specdec_rt.build.select import open_backend
 from specdec_rt.bundle import Bundle, load_bundle
 from specdec_rt.config import DecodeOptions, check_whole_number
 from specdec_rt.decode.decoder import Decoder, DecodingSetup

@@ -1,4 +1,4 @@
-"""Buffers in host memory: an array is its own twin, calls run at once."""
+"""Buffers in host memory: an array is its own device buffer, and calls run at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,15 @@ __all__ = ["HostDevice"]
 
 
 def _nothing() -> None:
-    """What moving an array to where it is takes."""
+    """The copy of an array to its device buffer, which is the array itself."""
 
 
 @dataclass(frozen=True)
 class HostDevice:
-    """As in `base.Device`; shapes are never padded, and so there are many of them."""
+    """The CPU as a `Device`. Nothing is captured, so sizes are never padded."""
 
     kept_shapes: int = 32
+    """few: without padding there are many shapes, and each is cheap to make"""
 
     def activate(self) -> None:
         """Nothing: host memory is every thread's."""
@@ -30,7 +31,7 @@ class HostDevice:
         return np.zeros(shape, dtype)
 
     def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
-        """An array of zeros: engines take any part of it."""
+        """An array of zeros: engines on the CPU accept any address."""
         return np.zeros(shape, dtype)
 
     def upload(self, *arrays: Array) -> BoundCall:  # noqa: ARG002  # the protocol's
@@ -40,11 +41,11 @@ class HostDevice:
     download = upload
 
     def copy(self, destination: Array, source: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """Copies an array to another, broadcast to its shape."""
         return lambda: np.copyto(destination, source)
 
     def gather(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """`destination = source[index]`, by rows."""
 
         def call() -> None:
             # Any mode but "raise" spares NumPy a buffer: indices are the program's own.
@@ -53,7 +54,7 @@ class HostDevice:
         return call
 
     def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """`destination[index] = source`, by rows."""
 
         def call() -> None:
             destination[index] = source
@@ -92,7 +93,7 @@ class HostDevice:
         return call
 
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:
-        """As in `base.Device`: they run one after the other."""
+        """All calls as one: they run one after the other."""
         kept = tuple(call for call in calls if call is not _nothing)
 
         def run() -> None:
@@ -105,11 +106,11 @@ class HostDevice:
         """Nothing is ever outstanding."""
 
     def batch_bucket(self, images: int) -> int:
-        """As many as there are images."""
+        """`images` itself: nothing is captured."""
         return images
 
     def bucketed(self, count: int, limit: int) -> int:  # noqa: ARG002  # the protocol's
-        """The size itself."""
+        """`count` itself: nothing is captured."""
         return count
 
 
