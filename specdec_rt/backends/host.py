@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from specdec_rt.backends.base import BoundCall
-from specdec_rt.types import Array, FloatArray
+from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["HostDevice"]
 
@@ -74,21 +74,25 @@ class HostDevice:
         (before, after, evaluated_mean), (begins, ends), noise = evaluated, window, normals[:, 1:]
         unrolled = lru_cache(maxsize=256)(lambda begin, end: _unrolled(coefficients[begin:end]))
 
+        def hold(rows: IntArray | slice, begin: int, end: int) -> None:
+            first = after[rows]
+            given = np.empty((2 + end - begin, *first.shape))
+            given[0], given[1], given[2] = before[rows], evaluated_mean[rows], first
+            given[3:] = noise[rows, begin + 1 : end].swapaxes(0, 1)
+            held = (unrolled(begin, end) @ given.reshape(len(given), -1)).reshape(2, -1, *first.shape)
+            mean[rows, begin + 1 : end], path[rows, begin + 2 : end + 1] = held.swapaxes(1, 2)
+            after[rows] = path[rows, end]
+
         def call() -> None:
-            windows = dict.fromkeys(zip(begins.tolist(), ends.tolist(), strict=True))
+            windows = set(zip(begins.tolist(), ends.tolist(), strict=True))
             for begin, end in windows:
                 rows = slice(None) if len(windows) == 1 else np.flatnonzero((begins == begin) & (ends == end))
                 if begin >= end:
                     after[rows] = before[rows]
                     continue
                 path[rows, begin + 1], mean[rows, begin] = after[rows], evaluated_mean[rows]
-                if end == begin + 1:
-                    continue
-                states = np.stack([before[rows], evaluated_mean[rows], after[rows]])
-                given = np.concatenate([states, noise[rows, begin + 1 : end].swapaxes(0, 1)])
-                held = (unrolled(begin, end) @ given.reshape(len(given), -1)).reshape(2, -1, *states.shape[1:])
-                mean[rows, begin + 1 : end], path[rows, begin + 2 : end + 1] = held.swapaxes(1, 2)
-                after[rows] = path[rows, end]
+                if end > begin + 1:
+                    hold(rows, begin, end)
 
         return call
 

@@ -11,7 +11,7 @@ For a suffix, n stands in the shapes below for its own number of transitions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -56,55 +56,35 @@ class ChainArrays:
         return [self.path, self.mean] if self.std is None else [self.path, self.mean, self.std]
 
 
-@dataclass(frozen=True, eq=False)
 class CallBuffers:
     """Static buffers of a head's calls for R rows, one entry for each call of a chain. Chains use them in turn."""
 
-    z: Array
-    """`[G, R, Z]`"""
-    guidance: Array
-    """`[G, R]`"""
-    step: Array
-    """`[n, R]` the transition that each call evaluates, where rows are at transitions of their own"""
-    fixed_step: Array
-    """`[n, R]` the numbers 0 … n - 1, where all rows are at the same one"""
-    state: Array
-    """`[n + 1, R, D]` the state before each call, and after the last"""
-    noise: Array
-    """`[n, R, D]`"""
-    mean: Array
-    """`[n, R, D]`"""
-    std: Array | None
-    """`[n, R, D]`, where the chain learns it"""
-    modulation: Array
-    """`[steps, R, G, M]`, of as many steps at a time as fit"""
-    bound: dict[tuple[int, int, int], BoundCall] = field(default_factory=dict)
-    """calls by their number and the addresses of what differs: many chains make the same ones"""
-
-    @classmethod
-    def make(cls, head: Head, branches: int, rows: int) -> "CallBuffers":
-        """Buffers for as many calls as the chain has transitions."""
+    def __init__(self, head: Head, branches: int, rows: int) -> None:
         device, n, dim = head.device, head.chain.length, head.token_dim
-        fixed_step = device.aligned((n, rows), np.int64)
-        fixed_step[:] = np.arange(n)[:, None]
-        device.upload(fixed_step)()
+        self.z = device.zeros((branches, rows, head.z_dim), np.float32)
+        """`[G, R, Z]`"""
+        self.guidance = device.zeros((branches, rows), np.float32)
+        """`[G, R]`"""
+        self.step, self.fixed_step = (device.aligned((n, rows), np.int64) for _ in range(2))
+        """`[n, R]` the transition that each call evaluates: of each row its own, or 0 … n - 1 of all rows alike"""
+        self.fixed_step[:] = np.arange(n)[:, None]
+        device.upload(self.fixed_step)()
+        self.state = device.aligned((n + 1, rows, dim), np.float32)
+        """`[n + 1, R, D]` the state before each call, and after the last"""
+        self.noise, self.mean, std = (device.aligned((n, rows, dim), np.float32) for _ in range(3))
+        """`[n, R, D]`"""
+        self.std = std if head.learned_std else None
+        """`[n, R, D]`, where the chain learns it"""
         steps = head.capacity.modulation_steps(rows, head.modulation_width, n)
-        return cls(
-            z=device.zeros((branches, rows, head.z_dim), np.float32),
-            guidance=device.zeros((branches, rows), np.float32),
-            step=device.aligned((n, rows), np.int64),
-            fixed_step=fixed_step,
-            state=device.aligned((n + 1, rows, dim), np.float32),
-            noise=device.aligned((n, rows, dim), np.float32),
-            mean=device.aligned((n, rows, dim), np.float32),
-            std=device.aligned((n, rows, dim), np.float32) if head.learned_std else None,
-            modulation=head.modulation_buffer(branches, rows, steps),
-        )
+        self.modulation = head.modulation_buffer(branches, rows, steps)
+        """`[steps, R, G, M]`, of as many steps at a time as fit"""
+        self._bound: dict[tuple[int, int, int], BoundCall] = {}
+        """calls by their number and the addresses of what differs: many chains make the same ones"""
 
     def evaluate(self, head: Head, call: int, modulation: Array, step: Array) -> BoundCall:
         """Call number `call` on `modulation [R, G, M]`, of transitions `step [R]`."""
         key = call, modulation.ctypes.data, step.ctypes.data
-        if key not in self.bound:
+        if key not in self._bound:
             inputs = {
                 "state": self.state[call],
                 "modulation": modulation,
@@ -115,8 +95,8 @@ class CallBuffers:
             }
             std = {} if self.std is None else {"std": self.std[call]}
             outputs = {"next_state": self.state[call + 1], "mean": self.mean[call], **std}
-            self.bound[key] = head.engines.denoise_step.bind(inputs, outputs)
-        return self.bound[key]
+            self._bound[key] = head.engines.denoise_step.bind(inputs, outputs)
+        return self._bound[key]
 
     def start(self, head: Head, z: Array, z_row: Array, arrays: ChainArrays) -> list[BoundCall]:
         """What comes before the first call: conditions are rows `z_row [G R]` of `z [conditions, Z]`."""

@@ -78,7 +78,7 @@ class Session:
         self._last_round: tuple[BackboneCall, IntArray, int]
         """the target's backbone call, the rows `[G, R]` of its z, and how many rows were padded to"""
         kept = lru_cache(maxsize=self.device.kept_shapes)
-        self._buffers = kept(CallBuffers.make)
+        self._buffers = kept(CallBuffers)
         self._block = kept(self._record_block)
         self._verification = kept(self._record_verification)
         self._suffixes = kept(self._record_suffixes)
