@@ -97,11 +97,11 @@ class Device(Protocol):
         ...
 
     def gather(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """`destination [R, W] = source[index]`, with `source [N, W]` float32 and `index [R]` int64."""
+        """Each row of `destination` becomes `source[index]`: float32 rows of the same width, `index` int64."""
         ...
 
     def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """`destination[index] = source [R, W]`, float32. Rows with the same index must hold the same values."""
+        """`destination[index]` becomes the rows of `source`, float32. Rows with the same index must hold the same values."""
         ...
 
     def linear_recurrence(

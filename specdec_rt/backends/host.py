@@ -119,10 +119,10 @@ class HostDevice:
 
 
 def _unrolled(coefficients: FloatArray) -> FloatArray:
-    """`[2 H, 3 + H]`: the means, then the states of the H transitions after an evaluated one, as one product.
+    """`[2 steps, 3 + steps]`: the means, then the states, of so many transitions after an evaluated one, as one product.
 
     They are linear in the state before the evaluated transition, its mean, the state after it, and the noise of each
-    step; `coefficients [1 + H, 5]` are those of the evaluated transition and of the others.
+    step; `coefficients [1 + steps, 5]` are those of the evaluated transition and of the others.
     """
     given = np.eye(2 + len(coefficients))
     x0_pred = coefficients[0, 3] * given[0] + coefficients[0, 4] * given[1]
