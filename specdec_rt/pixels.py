@@ -24,7 +24,7 @@ def lay_patches(tokens: FloatArray, layout: ImageLayout, family: Family) -> Floa
 def decode_pixels(
     tokens: FloatArray, layout: ImageLayout, device: Device, decoder: Engine, capacity: Capacity = Capacity()
 ) -> FloatArray:
-    """Tokens `[B, L, D]` to images `[B, height, width, channels]`, so many at a time that the decoder's activations fit."""
+    """Tokens `[B, L, D]` to images `[B, height, width, channels]`, as many at a time as fit."""
     size = capacity.images_per_decode(layout.height * layout.width)
     shape = (layout.height, layout.width, layout.channels)
     parts = [tokens[begin : begin + size] for begin in range(0, len(tokens), size)]

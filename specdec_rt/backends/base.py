@@ -101,7 +101,7 @@ class Device(Protocol):
         ...
 
     def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """`destination[index]` becomes the rows of `source`, float32. Rows with the same index must hold the same values."""
+        """`destination[index]` becomes `source`, float32 rows. Rows with the same index must hold the same values."""
         ...
 
     def linear_recurrence(

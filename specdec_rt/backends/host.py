@@ -119,7 +119,7 @@ class HostDevice:
 
 
 def _unrolled(coefficients: FloatArray) -> FloatArray:
-    """`[2 steps, 3 + steps]`: the means, then the states, of so many transitions after an evaluated one, as one product.
+    """`[2 steps, 3 + steps]`: means, then states, of so many transitions after an evaluated one, as one product.
 
     They are linear in the state before the evaluated transition, its mean, the state after it, and the noise of each
     step; `coefficients [1 + steps, 5]` are those of the evaluated transition and of the others.

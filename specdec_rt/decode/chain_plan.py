@@ -78,6 +78,8 @@ class CallBuffers:
         steps = head.capacity.modulation_steps(rows, head.modulation_width, n)
         self.modulation = head.modulation_buffer(branches, rows, steps)
         """`[steps, R, G, M]`, of as many steps at a time as fit"""
+        self.own_modulation = device.zeros(self.modulation.shape[1:], np.float32, staged=False)
+        """`[R, G, M]`, of each row's own step"""
         self._bound: dict[tuple[int, int, int], BoundCall] = {}
         """calls by their number and the addresses of what differs: many chains make the same ones"""
 
@@ -135,12 +137,13 @@ class FullChains:
                 self.calls.append(buffers.evaluate(head, call, modulation, self._step[call]))
         self.token = buffers.state[count]
         """`[R, D]`, in one piece"""
-        left = (
-            buffers.state[: count + 1],
-            buffers.mean[:count],
-            *([] if buffers.std is None else [buffers.std[:count]]),
-        )
-        self.calls += [device.copy(to, of.swapaxes(0, 1)) for to, of in zip(arrays.drawn, left, strict=True)]
+        for left, made_by_call in (
+            (arrays.path, buffers.state),
+            (arrays.mean, buffers.mean),
+            (arrays.std, buffers.std),
+        ):
+            if left is not None and made_by_call is not None:
+                self.calls.append(device.copy(left, made_by_call[: left.shape[1]].swapaxes(0, 1)))
         self.inputs = [self._step, *(steps for _, steps in self._made)] if own_begin else []
         """what `begin_at` fills"""
         if not own_begin:
@@ -233,8 +236,7 @@ class StridedChains:
     def _call_at_own_begin(self, head: Head) -> None:
         """Each row's first call, on modulation and noise of its own step."""
         device, buffers, normals = head.device, self._buffers, self._arrays.normals
-        rows, dim = buffers.state.shape[1:]
-        modulation = head.device.zeros(buffers.modulation.shape[1:], np.float32, staged=False)
+        (rows, dim), modulation = buffers.state.shape[1:], buffers.own_modulation
         modulation_row, noise_row = (device.zeros((rows,), np.int64) for _ in range(2))
         made = buffers.modulation.reshape(-1, modulation[0].size)
         self.calls += [
