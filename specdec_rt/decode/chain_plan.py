@@ -41,9 +41,9 @@ class ChainArrays:
     def make(cls, head: Head, branches: int, rows: int, length: int) -> "ChainArrays":
         """Arrays for R chains of `length` transitions."""
         states, transitions = (rows, length + 1, head.token_dim), (rows, length, head.token_dim)
-        shapes = [(branches, rows), states, states, transitions, transitions]
-        guidance, normals, path, mean, std = (head.device.zeros(shape, np.float32) for shape in shapes)
-        return cls(guidance, normals, path, mean, std if head.learned_std else None)
+        shapes = [(branches, rows), states, states, transitions, *([transitions] if head.learned_std else [])]
+        guidance, normals, path, mean, *std = (head.device.zeros(shape, np.float32) for shape in shapes)
+        return cls(guidance, normals, path, mean, std[0] if std else None)
 
     def pick(self, rows: slice) -> "ChainArrays":
         """Some of the rows, as views."""
@@ -71,9 +71,9 @@ class CallBuffers:
         device.upload(self.fixed_step)()
         self.state = device.aligned((n + 1, rows, dim), np.float32)
         """`[n + 1, R, D]` the state before each call, and after the last"""
-        self.noise, self.mean, std = (device.aligned((n, rows, dim), np.float32) for _ in range(3))
+        self.noise, self.mean = (device.aligned((n, rows, dim), np.float32) for _ in range(2))
         """`[n, R, D]`"""
-        self.std = std if head.learned_std else None
+        self.std = device.aligned((n, rows, dim), np.float32) if head.learned_std else None
         """`[n, R, D]`, where the chain learns it"""
         steps = head.capacity.modulation_steps(rows, head.modulation_width, n)
         self.modulation = head.modulation_buffer(branches, rows, steps)
@@ -194,6 +194,7 @@ class StridedChains:
         self._place_of_step = np.argsort(made)
 
         assert whole or not own_begin, "more rows than paths_per_call"
+        assert arrays.std is None, "a step that is left out has no learned std"
         calls = len(self._masked) + own_begin
         self.token = buffers.state[calls]
         """`[R, D]`, in one piece"""

@@ -81,14 +81,13 @@ class Decoder:
         plan, batch = self._plan, self.batch
         for _ in range(plan.schedule.steps if self._verifier is None else plan.prefill):
             self._ar_step(self._session.primary_model)
-        batch.compact()
         self._catch_up(plan.prefill)
         while batch.under_way.any():
             if self._controller is None:
                 self._round(plan.draft_length)
             else:
                 self._controlled_round(self._controller)
-            if not plan.prefill:  # images go through their prefill together
+            if not plan.prefill:  # the images of a batch go through their prefill together, so none may join later
                 batch.backfill()
             batch.compact()
 
@@ -127,8 +126,8 @@ class Decoder:
         length = controller.choose(ar_step, len(batch), waiting, draft_is_behind=self._draft_is_behind)
         started = self._clock()
         if length and self._draft_is_behind:
-            # Some images are fed more than they have: it stands past their last token, and is overwritten before it is
-            # read. So few lengths will do where each has to be captured.
+            # Rounded up, so that few lengths are captured. What images are fed past their last token is overwritten
+            # before it is read.
             self._catch_up(self._session.device.bucketed(int(ar_step.max()), self._plan.schedule.steps))
         caught_up = self._clock() - started
         if length:
@@ -169,7 +168,8 @@ class Decoder:
         self._count(drafted[batch.under_way], len(taken), accepted, len(rejected))
         batch.ar_step += np.minimum(kept + 1, drafted)
         self._progress(accepted + len(rejected))
-        return RoundRecord(length, self._clock() - started - completion, completion, 0.0, accepted, len(rejected))
+        seconds = self._clock() - started - completion
+        return RoundRecord(length, seconds, completion, accepted=accepted, rejected=len(rejected))
 
     def _count(self, steps: IntArray, drafted: int, accepted: int, rejected: int) -> None:
         """Count a round of some images that drafted `steps` AR steps each, `drafted` tokens in all."""

@@ -124,7 +124,7 @@ class BatchProgress:
 class DraftLengthController:
     """Chooses among 0 (the target alone), 1, 2, 4, … up to `longest`, and keeps what it learns for later batches.
 
-    `known [S + 1]` are the tokens known before each AR step and at the end; `clock` gives seconds. Two settings are
+    `known [T + 1]` are the tokens known before each AR step and at the end; `clock` gives seconds. Two settings are
     for tests: `estimate` turns the last times of a length into one, and a choice stands for `hold_rounds` more rounds.
     """
 

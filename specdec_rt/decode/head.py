@@ -84,7 +84,8 @@ class Head:
         Where `step_mask [n]` is False (default: nowhere) the head is not called: its last prediction x̂₀ is held; a
         row's first transition is always evaluated. Raises BackendError where an engine's output is not finite.
         """
-        rows, n, hold = len(normals), self.chain.length, self.chain.hold_coefficients
+        rows, n = len(normals), self.chain.length
+        hold = self.chain.hold_coefficients  # columns p, q, std, u, v
         begin = np.zeros(rows, np.int64) if begin is None else begin
         step_mask = np.ones(n, np.bool_) if step_mask is None else step_mask
         path = np.repeat(normals[:, :1], n + 1, axis=1).astype(np.float32)

@@ -45,9 +45,9 @@ class ChainSuffixes:
     guidance: FloatArray
     """`[G, J]`"""
     start: FloatArray
-    """`[J, D]` the state before transition"""
+    """`[J, D]` the state before transition `begin`"""
     begin: IntArray
-    """`[J]`"""
+    """`[J]` the transition that each chain goes on with"""
     noise: FloatArray
     """`[J, n, D]` numbered like the whole chain's transitions"""
 
@@ -82,10 +82,10 @@ class Completion:
 class Verifier(Protocol):
     """One mode's way of judging. Verdicts are its own: only it reads more of them than `Verdict` says."""
 
-    def judge(self, speculation: Speculation, noise: FloatArray, token_noise: TokenNoise) -> Any:  # noqa: ANN401  # its own kind of Verdict
+    def judge(self, speculation: Speculation, noise: FloatArray, token_noise: TokenNoise, /) -> Any:  # noqa: ANN401
         """A `Verdict` on R drafts that were drawn with `noise [R, n, D]`; `token_noise` holds their draws."""
         ...
 
-    def complete(self, verdict: Any, rows: IntArray, guidance: FloatArray, token_noise: TokenNoise) -> Completion:  # noqa: ANN401  # its own kind of Verdict
+    def complete(self, verdict: Any, rows: IntArray, guidance: FloatArray, token_noise: TokenNoise, /) -> Completion:  # noqa: ANN401
         """Tokens for the rejected `rows [J]` of the verdict; `guidance [G, J]`, `token_noise` of these J."""
         ...

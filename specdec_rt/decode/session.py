@@ -16,11 +16,10 @@ from specdec_rt.backends.base import BoundCall, Device
 from specdec_rt.decode.chain_plan import CallBuffers, ChainArrays, FullChains, StridedChains
 from specdec_rt.decode.head import Trajectory, require_finite
 from specdec_rt.decode.model import Model
-from specdec_rt.decode.path_means import judge_own_paths, judge_paths
+from specdec_rt.decode.path_means import evaluate_left_out, evaluate_paths
 from specdec_rt.decode.round import ChainSuffixes, RowInputs, Speculation
 from specdec_rt.families.backbone import BackboneCall
 from specdec_rt.families.padded_rows import PaddedRows, row_slices
-from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import Array, BoolArray, FloatArray, IntArray
 
 __all__ = ["Session"]
@@ -28,7 +27,7 @@ __all__ = ["Session"]
 Prepared = tuple[BackboneCall, IntArray]
 """a filled call, and which rows of its z belong to the rows that it was filled for"""
 Chains = FullChains | StridedChains
-Counts = tuple[int, ...]
+Calls, Sizes = tuple[BackboneCall, ...], tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +45,19 @@ class _Block:
 
 
 @dataclass(frozen=True, eq=False)
-class _Judging:
-    """The target's word on a block, or on suffixes that the launch drafts first."""
+class _Verification:
+    """What the target says of a block."""
 
     z_rows: Sequence[tuple[slice, Array]]
-    """of which rows, and `[G r]` where their conditions lie"""
+    """some rows, and `[G · rows]`: which rows of the backbone's z are their conditions"""
+    target: ChainArrays
+    launch: BoundCall
+
+
+@dataclass(frozen=True, eq=False)
+class _Suffixes:
+    """Chains that are finished; or what is left of them, drafted, and what the target says of that."""
+
     drawn: ChainArrays
     target: ChainArrays
     chains: Chains
@@ -111,7 +118,10 @@ class Session:
         assert self.target is not None
         positions, shape = inputs.positions, inputs.tokens.shape[:2]
         rows, (call, z_rows) = PaddedRows.of(positions, self.device), self.target.backbone.prepare(positions)
-        prepared = [(call, z_rows)] if self.draft is None else _prepare_each(self.draft, positions)
+        prepared = [(call, z_rows)]
+        if self.draft is not None:  # a call for each AR step, in buffers of its own
+            steps = range(positions.length)
+            prepared = [self.draft.backbone.prepare(positions.at(step), copy=step) for step in steps]
         calls = tuple(each for each, _ in prepared)
         block = self._block(self.draft or self.target, True, calls, shape, rows.counts)
         verification = self._verification(call, block)
@@ -123,32 +133,34 @@ class Session:
         self.device.wait()
         self._last_round = call, z_rows, sum(rows.counts)
         drawn, target = (_drawn(arrays, rows.where) for arrays in (block.arrays, verification.target))
-        require_finite(target.mean, "path_means")
+        require_finite(target.mean, "denoise_step" if self.shared_noise else "path_means")
         return Speculation(drawn, target)
 
     def finish(self, left: ChainSuffixes) -> tuple[FloatArray, FloatArray]:
-        """Tokens and their means `[J, D]`: the target's chains to their ends, step by step."""
+        """Tokens and their means `[J, D]`: the target's chains to their ends, step by step.
+
+        The suffixes are of the last `speculate`.
+        """
         n, each = left.noise.shape[1], np.arange(len(left.rows))
-        done = self._launch_suffixes(left, judged=False).drawn
+        done = self._launch_suffixes(left, resumed=False).drawn
         token, mean = done.path[each, n - left.begin], done.mean[each, n - 1 - left.begin]
         require_finite(token, "denoise_step")
         return token, mean
 
     def resume(self, left: ChainSuffixes) -> tuple[Speculation, IntArray]:
-        """Draft the suffixes by the target's own head on few steps, and let it judge them.
+        """Draft the suffixes by the target's own head on few steps, and evaluate its means along the drafts.
 
-        Up to where a row begins its path is its start, and both means are 0. Returns the sequential head calls of
-        each row `[J]`, too.
+        The suffixes are of the last `speculate`. Up to where a row begins its path is its start, and both means are 0.
+        Returns the sequential head calls of each row `[J]`, too.
         """
-        assert self.target is not None
         assert self.resume_step_mask is not None
-        head, (_, n, dim) = self.target.head, left.noise.shape
+        _, n, dim = left.noise.shape
         path = np.repeat(left.start[:, None], n + 1, axis=1)
         mean, target_mean = (np.zeros((len(path), n, dim), np.float32) for _ in range(2))
-        most = head.paths_per_call(len(left.guidance))
+        most = self.primary_model.head.paths_per_call(len(left.guidance))
         for first in range(0, len(path), most):
             part = slice(first, first + most)
-            made, rows = self._launch_suffixes(left.pick(part), judged=True), len(path[part])
+            made, rows = self._launch_suffixes(left.pick(part), resumed=True), len(path[part])
             for whole, suffix in ((path, made.drawn.path), (mean, made.drawn.mean), (target_mean, made.target.mean)):
                 whole[part, len(whole[0]) - len(suffix[0]) :] = suffix[:rows]
         before = np.arange(n) < left.begin[:, None]
@@ -173,34 +185,28 @@ class Session:
         self.device.wait()
         return 1
 
-    def _launch_suffixes(self, left: ChainSuffixes, *, judged: bool) -> _Judging:
-        """Finish the chains, or draft and judge what is left of them; rows stand first among padded ones."""
+    def _launch_suffixes(self, left: ChainSuffixes, *, resumed: bool) -> _Suffixes:
+        """Finish the chains, or draft what is left of them and evaluate that. Padding repeats the last row."""
         (call, z_rows, padded), count, n = self._last_round, len(left.rows), left.noise.shape[1]
-        rows = np.minimum(np.arange(self.device.bucketed(count, padded)), count - 1)
-        left = left.pick(rows)
+        branches = len(left.guidance)
+        most = min(padded, self.primary_model.head.paths_per_call(branches)) if resumed else padded
+        left = left.pick(np.minimum(np.arange(self.device.bucketed(count, most)), count - 1))
         length = self.device.bucketed(n - int(left.begin.min()), n)
-        # Chains that are finished all take their first step at once; those that are drafted all take their last.
-        first = left.begin[:, None] if not judged else np.full((len(rows), 1), n - length)
-        step = self._suffixes(call, len(left.guidance), len(rows), length, judged)
-        step.drawn.guidance[:], step.drawn.normals[:, 0] = left.guidance, left.start
-        transitions = np.minimum(first + np.arange(length), n - 1)
-        step.drawn.normals[:, 1:] = np.take_along_axis(left.noise, transitions[..., None], axis=1)
-        step.chains.z_row[:] = z_rows[:, left.rows].ravel()
-        step.chains.begin_at(left.begin)
-        step.launch()
+        # Finished chains are aligned at their beginnings, resumed ones at their ends.
+        first = np.full_like(left.begin, n - length) if resumed else left.begin
+        transition = np.minimum(first[:, None] + np.arange(length), n - 1)
+        launch = self._suffixes(call, branches, len(left.rows), length, resumed)
+        launch.drawn.guidance[:], launch.drawn.normals[:, 0] = left.guidance, left.start
+        launch.drawn.normals[:, 1:] = np.take_along_axis(left.noise, transition[..., None], axis=1)
+        launch.chains.z_row[:] = z_rows[:, left.rows].ravel()
+        launch.chains.begin_at(left.begin)
+        launch.launch()
         self.device.wait()
-        return step
+        return launch
 
     # --- what is recorded -------------------------------------------------------------------------------
 
-    def _record_block(
-        self,
-        model: Model,
-        drafting: bool,
-        calls: tuple[BackboneCall, ...],
-        images: tuple[int, int],
-        rows: tuple[int, ...],
-    ) -> _Block:
+    def _record_block(self, model: Model, drafting: bool, calls: Calls, images: Sizes, rows: Sizes) -> _Block:
         """AR steps of one model: `images` is (A, L), `rows` are those of each step."""
         device, head, branches = self.device, model.head, model.backbone.branches
         token_buffer = device.zeros((*images, head.token_dim), np.float32)
@@ -222,54 +228,47 @@ class Session:
         launch = device.record([device.upload(*filled), *work, device.download(*arrays.drawn)])
         return _Block(token_buffer, token_row, arrays, chains, launch)
 
-    def _record_verification(self, call: BackboneCall, block: _Block) -> _Judging:
-        assert self.target is not None
-        device, head, drawn, chains = self.device, self.target.head, block.arrays, block.chains[0]
+    def _record_verification(self, call: BackboneCall, block: _Block) -> _Verification:
+        device, head, drawn = self.device, self.primary_model.head, block.arrays
         branches, rows = drawn.guidance.shape
         # Where the target drafts for itself its backbone has been called already.
         asked = [] if self.draft is None else [device.upload(*call.inputs), *call.run(device, block.token_buffer)]
         z_rows: list[tuple[slice, Array]] = []
         if self.shared_noise:
             made = ChainArrays.make(head, branches, rows, head.chain.length)
-            own = replace(made, guidance=drawn.guidance, normals=drawn.normals)
-            chains = FullChains(head, self._buffers(head, branches, rows), call.z, own)
-            z_rows, work = [(slice(None), chains.z_row)], chains.calls
+            target = replace(made, guidance=drawn.guidance, normals=drawn.normals)
+            chains = FullChains(head, self._buffers(head, branches, rows), call.z, target)
+            z_rows, work = [(slice(None), chains.z_row)], [*chains.calls, device.download(*target.drawn)]
         else:
-            own = replace(drawn, mean=device.zeros(drawn.mean.shape, np.float32), std=None)
-            at_once = rows <= head.paths_per_call(branches) and chains.left_out_modulation is not None
-            if self.draft is None and at_once:
-                work = judge_own_paths(head, chains, drawn, own.mean)
+            target = replace(drawn, mean=device.zeros(drawn.mean.shape, np.float32), std=None)
+            fits = rows <= head.paths_per_call(branches) and block.chains[0].left_out_modulation is not None
+            if self.draft is None and fits:
+                evaluated = evaluate_left_out(head, block.chains[0], drawn, target.mean)
             else:
-                z_rows, work = judge_paths(head, call.z, own)
-        upload, download = device.upload(*(z_row for _, z_row in z_rows)), device.download(*own.drawn)
-        return _Judging(z_rows, drawn, own, chains, device.record([*asked, upload, *work, download]))
+                z_rows, evaluated = evaluate_paths(head, call.z, target)
+            work = [*evaluated, device.download(target.mean)]
+        upload = device.upload(*(z_row for _, z_row in z_rows))
+        return _Verification(z_rows, target, device.record([*asked, upload, *work]))
 
-    def _record_suffixes(self, call: BackboneCall, branches: int, rows: int, length: int, judged: bool) -> _Judging:
-        assert self.target is not None
-        device, head = self.device, self.target.head
-        own = arrays = ChainArrays.make(head, branches, rows, length)
-        given = head, self._buffers(head, branches, rows), call.z, arrays
-        if judged:
+    def _record_suffixes(self, call: BackboneCall, branches: int, rows: int, length: int, resumed: bool) -> _Suffixes:
+        device, head = self.device, self.primary_model.head
+        drawn = target = ChainArrays.make(head, branches, rows, length)
+        given = head, self._buffers(head, branches, rows), call.z, drawn
+        if resumed:
             assert self.resume_step_mask is not None
             chains: Chains = StridedChains(*given, self.resume_step_mask[-length:], own_begin=True)
-            own = replace(arrays, mean=device.zeros(arrays.mean.shape, np.float32))
-            work = [*chains.calls, *judge_own_paths(head, chains, arrays, own.mean)]
+            target = replace(drawn, mean=device.zeros(drawn.mean.shape, np.float32))
+            evaluated = [*evaluate_left_out(head, chains, drawn, target.mean), device.download(target.mean)]
         else:
-            chains = FullChains(*given, own_begin=True)
-            work = chains.calls
-        upload = device.upload(arrays.guidance, arrays.normals, chains.z_row, *chains.inputs)
-        launch = device.record([upload, *work, device.download(*arrays.drawn, own.mean)])
-        return _Judging([], arrays, own, chains, launch)
+            chains, evaluated = FullChains(*given, own_begin=True), []
+        upload = device.upload(drawn.guidance, drawn.normals, chains.z_row, *chains.inputs)
+        launch = device.record([upload, *chains.calls, *evaluated, device.download(*drawn.drawn)])
+        return _Suffixes(drawn, target, chains, launch)
 
     def _record_catch_up(self, call: BackboneCall, shape: tuple[int, ...]) -> tuple[Array, BoundCall]:
         device = self.device
         token_buffer = device.zeros(shape, np.float32)
         return token_buffer, device.record([device.upload(token_buffer, *call.inputs), *call.run(device, token_buffer)])
-
-
-def _prepare_each(draft: Model, positions: PositionBatch) -> list[Prepared]:
-    """A backbone call for each AR step, in buffers of its own."""
-    return [draft.backbone.prepare(positions.at(offset), offset) for offset in range(positions.length)]
 
 
 def _fill_block(block: _Block, prepared: list[Prepared], rows: PaddedRows, inputs: RowInputs) -> None:
