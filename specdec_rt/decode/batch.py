@@ -92,10 +92,9 @@ class Batch:
         self.image_of_slot[slots] = self._admitted + np.arange(len(slots))
         self.ar_step[slots], self.tokens[slots] = 0, 0
         self._admitted += len(slots)
-        image, position = np.meshgrid(
-            self._image_keys[self.image_of_slot[slots]], np.arange(self._plan.tokens), indexing="ij"
-        )
-        noise = TokenNoise(self._draws, image.ravel(), position.ravel()).chain(self._transitions, self.tokens.shape[2])
+        keys, (_, tokens, dim) = self._image_keys[self.image_of_slot[slots]], self.tokens.shape
+        of_tokens = TokenNoise(self._draws, np.repeat(keys, tokens), np.tile(np.arange(tokens), len(slots)))
+        noise = of_tokens.chain(self._transitions, dim)
         self._normals[slots] = noise.reshape(len(slots), *self._normals.shape[1:])
         for model in self._session.models:  # what a slot's last image left in caches lies after all that is read
             model.backbone.begin(self._labels[self.image_of_slot])

@@ -100,17 +100,25 @@ class CallBuffers:
             self._bound[key] = head.engines.denoise_step.bind(inputs, outputs)
         return self._bound[key]
 
-    def start(self, head: Head, z: Array, z_row: Array, arrays: ChainArrays) -> list[BoundCall]:
-        """What comes before the first call: conditions are rows `z_row [G R]` of `z [conditions, Z]`."""
+
+class _Chains:
+    """R chains on conditions that lie in `z [conditions, Z]`."""
+
+    def __init__(self, head: Head, buffers: CallBuffers, z: Array, arrays: ChainArrays) -> None:
         device = head.device
-        return [
-            device.gather(self.z.reshape(len(z_row), -1), z, z_row),
-            device.copy(self.guidance, arrays.guidance),
-            device.copy(self.state[0], arrays.normals[:, 0]),
+        self._buffers, self._arrays = buffers, arrays
+        self.z_row = device.zeros((arrays.guidance.size,), np.int64)
+        """`[G R]` the rows of `z` that are the chains' conditions; the host fills it"""
+        self.inputs: list[Array] = []
+        """what `begin_at` fills"""
+        self.calls = [
+            device.gather(buffers.z.reshape(len(self.z_row), -1), z, self.z_row),
+            device.copy(buffers.guidance, arrays.guidance),
+            device.copy(buffers.state[0], arrays.normals[:, 0]),
         ]
 
 
-class FullChains:
+class FullChains(_Chains):
     """R chains that call the head at every step, the first `n` of `arrays`: call i evaluates row r's i-th transition.
 
     With `own_begin`, `begin_at` says where each row begins. A row that begins late has its last state in the path
@@ -120,13 +128,12 @@ class FullChains:
     def __init__(
         self, head: Head, buffers: CallBuffers, z: Array, arrays: ChainArrays, *, own_begin: bool = False
     ) -> None:
+        super().__init__(head, buffers, z, arrays)
         device, count = head.device, arrays.mean.shape[1]
         self._transitions = head.chain.length
         self.left_out, self.left_out_modulation = np.zeros(0, np.int64), buffers.modulation[:0]
-        self.z_row = device.zeros((arrays.guidance.size,), np.int64)
         self._step = (buffers.step if own_begin else buffers.fixed_step)[:count]
         self._made: list[tuple[slice, Array]] = []
-        self.calls = buffers.start(head, z, self.z_row, arrays)
         self.calls.append(device.copy(buffers.noise[:count], arrays.normals[:, 1:].swapaxes(0, 1)))
         for made in _slices(count, len(buffers.modulation)):
             steps, modulate = head.modulate(buffers.z, buffers.modulation[: made.stop - made.start])
@@ -144,9 +151,9 @@ class FullChains:
         ):
             if left is not None and made_by_call is not None:
                 self.calls.append(device.copy(left, made_by_call[: left.shape[1]].swapaxes(0, 1)))
-        self.inputs = [self._step, *(steps for _, steps in self._made)] if own_begin else []
-        """what `begin_at` fills"""
-        if not own_begin:
+        if own_begin:
+            self.inputs = [self._step, *(steps for _, steps in self._made)]
+        else:
             self._fill_modulation_steps()
             device.upload(*(steps for _, steps in self._made))()
 
@@ -160,7 +167,7 @@ class FullChains:
             steps.reshape(made.stop - made.start, -1)[:] = self._step[made]
 
 
-class StridedChains:
+class StridedChains(_Chains):
     """R chains, or suffixes of them, that call the head at the steps of `step_mask [n]` and hold x̂₀ in between.
 
     Without `own_begin` all rows begin at the mask's first step, which is the first of all. With it, `begin_at` says
@@ -182,6 +189,7 @@ class StridedChains:
         own_begin: bool = False,
         keep_left_out: bool = False,
     ) -> None:
+        super().__init__(head, buffers, z, arrays)
         device, rows, room = head.device, len(arrays.path), len(buffers.modulation)
         self.left_out = np.flatnonzero(~step_mask)
         """transitions, numbered from the suffix's first, that the mask leaves out"""
@@ -200,11 +208,7 @@ class StridedChains:
         """`[R, D]`, in one piece"""
         self._window = tuple(device.aligned((calls, rows), np.int64) for _ in range(2))
         self._coefficients = head.constant(head.chain.hold_coefficients[self._first :])
-        self._buffers, self._arrays = buffers, arrays
-        self.z_row = device.zeros((arrays.guidance.size,), np.int64)
-        self.inputs: list[Array] = []
-        """what `begin_at` fills"""
-        self.calls = [*buffers.start(head, z, self.z_row, arrays), device.copy(arrays.path, arrays.normals[:, :1])]
+        self.calls.append(device.copy(arrays.path, arrays.normals[:, :1]))
         for part in _slices(len(made), room):
             steps, modulate = head.modulate(buffers.z, buffers.modulation[: part.stop - part.start])
             steps[:] = np.repeat(self._first + made[part], rows)

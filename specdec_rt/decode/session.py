@@ -27,7 +27,8 @@ __all__ = ["Session"]
 Prepared = tuple[BackboneCall, IntArray]
 """a filled call, and which rows of its z belong to the rows that it was filled for"""
 Chains = FullChains | StridedChains
-Calls, Sizes = tuple[BackboneCall, ...], tuple[int, ...]
+Calls = tuple[BackboneCall, ...]
+Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
