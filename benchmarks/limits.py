@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.causal import CausalPair, read_pair
-from export.graphs import CausalBackboneGraph, DenoiseStepGraph, LogDensityGraph, MarBackboneGraph, ModulationGraph
+from export.graphs import CausalBackboneGraph, DenoiseStepGraph, MarBackboneGraph, ModulationGraph, PathMeansGraph
 from export.mar_models import MarPair, read_mar_pair
 from export.models.causal import CausalModel
 from export.models.mar import Mar, MarBackbone
@@ -155,7 +155,7 @@ def _module(pair: CausalPair | MarPair, slot: BundleGraph) -> nn.Module:
     assert isinstance(model, Mar | CausalModel)
     if slot.name is GraphName.MODULATION:
         return ModulationGraph(model.head)
-    kind = DenoiseStepGraph if slot.name is GraphName.DENOISE_STEP else LogDensityGraph
+    kind = DenoiseStepGraph if slot.name is GraphName.DENOISE_STEP else PathMeansGraph
     return kind(model.head, learned_variance=pair.chain.variance == "learned")
 
 
