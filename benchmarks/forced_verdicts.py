@@ -7,7 +7,8 @@ import numpy as np
 from benchmarks.scenario import Forced
 from specdec_rt.bench.simulation import draw_left
 from specdec_rt.decode.exact import ExactVerdict, ExactVerifier
-from specdec_rt.decode.session import Session, Speculation
+from specdec_rt.decode.round import Speculation
+from specdec_rt.decode.session import Session
 from specdec_rt.noise import TokenNoise
 from specdec_rt.plan import Plan
 from specdec_rt.types import BoolArray, FloatArray, IntArray

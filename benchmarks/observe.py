@@ -13,8 +13,8 @@ from specdec_rt.bundle import Bundle
 from specdec_rt.decode.batch import draw_order
 from specdec_rt.decode.exact import ExactVerdict, ExactVerifier
 from specdec_rt.decode.paper import PaperVerdict, PaperVerifier
-from specdec_rt.decode.session import Session, Speculation
-from specdec_rt.decode.verifier import Verdict
+from specdec_rt.decode.round import Speculation, Verdict
+from specdec_rt.decode.session import Session
 from specdec_rt.noise import TokenNoise
 from specdec_rt.plan import Plan, Tuning
 from specdec_rt.types import BoolArray, FloatArray, IntArray

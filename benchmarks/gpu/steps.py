@@ -15,7 +15,7 @@ from specdec_rt import DecodeOptions, Pipeline
 from specdec_rt.backends.base import Backend
 from specdec_rt.bundle import Bundle
 from specdec_rt.decode.decoder import DecodingSetup
-from specdec_rt.decode.session import ChainSuffixes
+from specdec_rt.decode.round import ChainSuffixes, RowInputs
 from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.plan import Tuning
 from specdec_rt.types import FloatArray
@@ -122,14 +122,16 @@ class HalfwayBatch:
 
     def draw(self) -> None:
         """The target makes the tokens of one AR step: backbone and a whole chain."""
-        rows, guidance = len(self.next_step.position), self.setup.plan.guidance_at(self.next_step.ar_step)
-        normals = self.normals[:rows]
-        self.setup.session.draw(self.setup.target, self.tokens, self.next_step, normals, guidance)
+        self.setup.session.draw(self.setup.target, self._inputs(self.next_step))
 
     def speculate(self) -> None:
         """The draft proposes γ AR steps, the target judges them."""
-        guidance = self.setup.plan.guidance_at(self.positions.ar_step)
-        self.setup.session.speculate(self.tokens, self.positions, self.normals, guidance)
+        self.setup.session.speculate(self._inputs(self.positions))
+
+    def _inputs(self, positions: PositionBatch) -> RowInputs:
+        """What a launch for these positions is given. Their rows are the first ones of the noise."""
+        guidance = self.setup.plan.guidance_at(positions.ar_step)
+        return RowInputs(positions, self.tokens, self.normals[: len(positions.position)], guidance)
 
     @property
     def chain(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from specdec_rt.backends.base import BoundCall
 from specdec_rt.bench.interpolation import Interpolated
 from specdec_rt.bench.timing import Times
-from specdec_rt.build.builder import GraphSlot, graph_slots
+from specdec_rt.build.bundle_graphs import BundleGraph, bundle_graphs
 from specdec_rt.capacity import Capacity
 from specdec_rt.manifest import Binding, GraphName, Manifest
 from specdec_rt.pipeline import Pipeline
@@ -17,7 +17,7 @@ from specdec_rt.types import Array
 
 __all__ = ["GraphClock", "GraphTimes", "Measure", "bind_graph", "graph_sizes", "time_call"]
 
-Measure = Callable[[GraphSlot, int, int, bool], float]
+Measure = Callable[[BundleGraph, int, int, bool], float]
 """`(graph, x, y, again)` → seconds of a call; x and y as in `graph_sizes`, `again`: right after a call of the same."""
 
 QUERIES = 4
@@ -48,7 +48,7 @@ class GraphTimes:
     ) -> None:
         self._manifest, self._measure, self._capacity = manifest, measure, capacity
         self._branches, self._chain, self._draft_share = branches, chain, draft_share
-        self._graphs = {graph.label: graph for graph in graph_slots(manifest)}
+        self._graphs = {graph.label: graph for graph in bundle_graphs(manifest)}
         self._functions: dict[str, Interpolated] = {}
 
     def backbone(self, model: str, contexts: int, size: int) -> float:
@@ -112,7 +112,7 @@ class GraphClock:
         self._pipeline, self._branches, self._chain, self._capacity = pipeline, branches, chain, capacity
         self._swept = np.zeros(SWEPT, np.float32)
 
-    def __call__(self, graph: GraphSlot, x: int, y: int, again: bool) -> float:
+    def __call__(self, graph: BundleGraph, x: int, y: int, again: bool) -> float:
         sizes = graph_sizes(self._pipeline, branches=self._branches, chain=self._chain, x=x, y=y)
         calls = 1
         if again:  # each transition reads modulation of its own; no core's own cache holds all of it
@@ -126,7 +126,7 @@ class GraphClock:
         self._swept += 1
 
 
-def _modulation_width(graph: GraphSlot) -> int:
+def _modulation_width(graph: BundleGraph) -> int:
     """M of the model that a graph belongs to."""
     assert graph.model is not None
     assert graph.model.modulation_width is not None
@@ -145,7 +145,7 @@ def graph_sizes(pipeline: Pipeline, *, branches: int, chain: int, x: int, y: int
     return {**sizes, "B": x * branches, "N": min(y, tokens), "S": tokens, "K": known, "Q": min(QUERIES, tokens)}
 
 
-def bind_graph(pipeline: Pipeline, graph: GraphSlot, sizes: Mapping[str, int]) -> BoundCall:
+def bind_graph(pipeline: Pipeline, graph: BundleGraph, sizes: Mapping[str, int]) -> BoundCall:
     """A call on buffers of these sizes: indices are in range, all other values are alike."""
     device = pipeline.backend.device
     assert graph.model is not None

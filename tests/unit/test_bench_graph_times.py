@@ -5,7 +5,7 @@ from bench_workloads import manifest_of
 
 from specdec_rt import load
 from specdec_rt.bench.graph_times import GraphClock, GraphTimes
-from specdec_rt.build.builder import graph_slots
+from specdec_rt.build.bundle_graphs import bundle_graphs
 from specdec_rt.capacity import Capacity
 from specdec_rt.manifest import GraphName
 
@@ -89,6 +89,6 @@ def test_every_graph_of_decoding_is_called_on_the_clock(name):
     clock = GraphClock(
         load(name, backend="onnxruntime", threads=1), branches=BRANCHES, chain=CHAIN, capacity=Capacity()
     )
-    for graph in graph_slots(manifest_of(name)):
+    for graph in bundle_graphs(manifest_of(name)):
         if graph.name not in (None, GraphName.TIME_EMBEDDING):
             assert 0 < clock(graph, 2, 3 if graph.name is GraphName.MODULATION else 1, False) < 1, graph.label

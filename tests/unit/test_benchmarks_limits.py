@@ -6,7 +6,7 @@ from benchmarks.limits import bandwidth, graph_limits, graph_work
 from export.causal import read_pair
 from specdec_rt import load
 from specdec_rt.bench.graph_times import graph_sizes
-from specdec_rt.build.builder import graph_slots
+from specdec_rt.build.bundle_graphs import bundle_graphs
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def pair():
 @pytest.fixture(scope="module")
 def work_of(digits, pair):
     """Counts the work of a graph of the target with two branches, x rows and y positions."""
-    graphs = {graph.label: graph for graph in graph_slots(digits.bundle.manifest)}
+    graphs = {graph.label: graph for graph in bundle_graphs(digits.bundle.manifest)}
 
     def work_of(name, x, y=1):
         return graph_work(pair, graphs[f"target.{name}"], graph_sizes(digits, branches=2, chain=23, x=x, y=y))
