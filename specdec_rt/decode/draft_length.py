@@ -68,10 +68,8 @@ def lower_quartile(seconds: Sequence[float]) -> float:
 class CostBucket:
     """What rounds cost that have about as many slots and about as large sets of tokens, in seconds per slot."""
 
-    begun: set[int] = field(default_factory=set)
-    """lengths whose first round, which is not counted, is over"""
     round_seconds: dict[int, deque[float]] = field(default_factory=dict)
-    """of the last rounds of each length, without completions"""
+    """of the last rounds of each length, without completions; the first round of a length is not counted"""
     completion_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     catch_up_seconds: float = 0.0
     """of the last time that the draft had to catch up"""
@@ -82,13 +80,13 @@ class CostBucket:
     def add(self, record: RoundRecord, slots: int) -> None:
         """Take in what a round of so many slots cost."""
         length = record.draft_length
-        if length not in self.begun:
-            self.begun.add(length)
+        if length not in self.round_seconds:
+            self.round_seconds[length] = deque(maxlen=WINDOW)
             return
         elapsed = (record.seconds + record.completion_seconds + record.catch_up_seconds) / slots
         self.total_seconds += elapsed
         self.retry_at[length] = self.total_seconds + elapsed / (RETRY_SHARE if length else TARGET_RETRY_SHARE)
-        self.round_seconds.setdefault(length, deque(maxlen=WINDOW)).append(record.seconds / slots)
+        self.round_seconds[length].append(record.seconds / slots)
         if record.completion_seconds:
             self.completion_seconds.append(record.completion_seconds / slots)
         if record.catch_up_seconds:
