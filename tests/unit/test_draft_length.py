@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from specdec_rt.ar_schedule import cosine_schedule, raster_schedule
 from specdec_rt.decode.draft_length import DraftLengthController, RoundRecord
-from specdec_rt.schedule import cosine_schedule, raster_schedule
 
 CAUSAL, MAR = raster_schedule(49).known, cosine_schedule(49, 24).known
 LONG_MAR = cosine_schedule(256, 64).known
