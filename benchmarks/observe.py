@@ -10,7 +10,6 @@ from benchmarks.requests import Request
 from specdec_rt import Pipeline
 from specdec_rt.backends.base import Backend
 from specdec_rt.bundle import Bundle
-from specdec_rt.decode.batch import draw_order
 from specdec_rt.decode.exact import ExactVerdict, ExactVerifier
 from specdec_rt.decode.paper import PaperVerdict, PaperVerifier
 from specdec_rt.decode.round import Speculation, Verdict
@@ -139,6 +138,6 @@ class _ObservedPaperVerifier(PaperVerifier):
 def _count(observed: ObservedVerdicts, plan: Plan, verdict: Verdict, token_noise: TokenNoise) -> BoolArray:
     """Count a round's verdicts; a token's position and the order of its image say at which AR step it is made."""
     images, row = np.unique(token_noise.image, return_inverse=True)
-    rank = np.argsort(draw_order(plan, token_noise.draws, images), axis=1)  # [B, L] by position
+    rank = np.argsort(plan.draw_order(token_noise.draws, images), axis=1)  # [B, L] by position
     ar_step = np.searchsorted(plan.schedule.known, rank[row, token_noise.position], side="right") - 1
     return observed.count(token_noise.image, ar_step, verdict.accepted)
