@@ -70,11 +70,11 @@ class NextToken:
     """Causal models: every token is predicted from those before it."""
 
     def split(self, batch: int) -> Split:
-        """Predict all; visible is what the causal mask shows."""
+        """Every token is predicted; the model's causal mask decides what each prediction sees."""
         return Split(torch.arange(TOKENS).expand(batch, -1), torch.empty(batch, 0, dtype=torch.long))
 
     def condition(self, backbone: Callable[..., Tensor], context: Tensor, label: Tensor, split: Split) -> Tensor:  # noqa: ARG002
-        """Of all tokens."""
+        """The backbone's outputs at all positions."""
         return backbone(context, label)
 
 
@@ -93,7 +93,7 @@ class Masked:
         return Split(order[:, :count], order[:, count:])
 
     def condition(self, backbone: Callable[..., Tensor], context: Tensor, label: Tensor, split: Split) -> Tensor:
-        """Of the predicted tokens alone."""
+        """The backbone's outputs at the predicted positions."""
         visible = split.visible
         return backbone(context, visible, torch.ones_like(visible, dtype=torch.bool), label, split.predicted)
 

@@ -95,8 +95,10 @@ def pair():
 
 
 @pytest.fixture(scope="session")
-def exact(pair, tmp_path_factory):
-    """The pair's bundle, with weights in fp16 and graphs in every precision; rounds the pair's own weights."""
-    out = tmp_path_factory.mktemp("exact") / "pair"
-    write_mar_bundle(pair, out, precision="fp16", compute=["fp16", "bf16"])
-    return out
+def exact(pair, written_once):
+    """The pair's bundle, with weights in fp16 and graphs in every precision."""
+
+    def write(folder):
+        write_mar_bundle(pair, folder / "pair", precision="fp16", compute=["fp16", "bf16"])
+
+    return written_once("exact", write) / "pair"
