@@ -57,7 +57,10 @@ class ChainArrays:
 
 
 class CallBuffers:
-    """Static buffers of a head's calls for R rows, one entry for each call of a chain. Chains use them in turn."""
+    """Static buffers of a head's calls for R rows. Chains use them in turn.
+
+    There may be n + 1 calls: one at each transition, and one before them where each row begins at its own.
+    """
 
     def __init__(self, head: Head, branches: int, rows: int) -> None:
         device, n, dim = head.device, head.chain.length, head.token_dim
@@ -69,10 +72,12 @@ class CallBuffers:
         """`[n, R]` the transition that each call evaluates: of each row its own, or 0 … n - 1 of all rows alike"""
         self.fixed_step[:] = np.arange(n)[:, None]
         device.upload(self.fixed_step)()
-        self.state = device.aligned((n + 1, rows, dim), np.float32)
-        """`[n + 1, R, D]` the state before each call, and after the last"""
-        self.noise, self.mean = (device.aligned((n, rows, dim), np.float32) for _ in range(2))
-        """`[n, R, D]`"""
+        self.noise = device.aligned((n + 1, rows, dim), np.float32)
+        """`[n + 1, R, D]` of each transition of a chain or suffix; the last entry is of each row's own first one"""
+        self.state = device.aligned((n + 2, rows, dim), np.float32)
+        """`[n + 2, R, D]` the state before each call, and after the last"""
+        self.mean = device.aligned((n + 1, rows, dim), np.float32)
+        """`[n + 1, R, D]` what each call makes; and"""
         self.std = device.aligned((n, rows, dim), np.float32) if head.learned_std else None
         """`[n, R, D]`, where the chain learns it"""
         self.made = [self.state, self.mean, *([] if self.std is None else [self.std])]
@@ -81,15 +86,15 @@ class CallBuffers:
         """`[steps, R, G, M]`, of as many steps at a time as fit"""
         self.own_modulation = device.zeros(self.modulation.shape[1:], np.float32, staged=False)
         """`[R, G, M]`, of each row's own step"""
-        self._bound: dict[tuple[int, int, int], BoundCall] = {}
+        self._bound: dict[tuple[int, ...], BoundCall] = {}
         """calls by their number and the addresses of what differs: many chains make the same ones"""
 
-    def evaluate(self, head: Head, call: int, modulation: Array, step: Array) -> BoundCall:
-        """Call number `call` on `modulation [R, G, M]`, of transitions `step [R]`."""
-        key = call, modulation.ctypes.data, step.ctypes.data
+    def evaluate(self, head: Head, call: int, noise: Array, modulation: Array, step: Array) -> BoundCall:
+        """Call number `call`, with `noise [R, D]` and `modulation [R, G, M]`, of transitions `step [R]`."""
+        key = call, noise.ctypes.data, modulation.ctypes.data, step.ctypes.data
         if key not in self._bound:
             inputs = {"state": self.state[call], "modulation": modulation, "guidance": self.guidance, "step": step}
-            inputs |= {"coefficients": head.coefficients, "noise": self.noise[call]}
+            inputs |= {"coefficients": head.coefficients, "noise": noise}
             std = {} if self.std is None else {"std": self.std[call]}
             outputs = {"next_state": self.state[call + 1], "mean": self.mean[call], **std}
             self._bound[key] = head.engines.denoise_step.bind(inputs, outputs)
@@ -110,6 +115,7 @@ class _Chains:
             device.gather(buffers.z.reshape(len(self.z_row), -1), z, self.z_row),
             device.copy(buffers.guidance, arrays.guidance),
             device.copy(buffers.state[0], arrays.normals[:, 0]),
+            device.copy(buffers.noise[: arrays.mean.shape[1]], arrays.normals[:, 1:].swapaxes(0, 1)),
         ]
 
 
@@ -129,14 +135,13 @@ class FullChains(_Chains):
         self.left_out, self.left_out_modulation = np.zeros(0, np.int64), buffers.modulation[:0]
         self._step = (buffers.step if own_begin else buffers.fixed_step)[:count]
         self._made: list[tuple[slice, Array]] = []
-        self.calls.append(device.copy(buffers.noise[:count], arrays.normals[:, 1:].swapaxes(0, 1)))
         for made in _slices(count, len(buffers.modulation)):
             steps, modulate = head.modulate(buffers.z, buffers.modulation[: made.stop - made.start])
             self._made.append((made, steps))
             self.calls.append(modulate)
             for call in range(made.start, made.stop):
-                modulation = buffers.modulation[call - made.start]
-                self.calls.append(buffers.evaluate(head, call, modulation, self._step[call]))
+                noise, modulation = buffers.noise[call], buffers.modulation[call - made.start]
+                self.calls.append(buffers.evaluate(head, call, noise, modulation, self._step[call]))
         self.token = buffers.state[count]
         """`[R, D]`, in one piece"""
         for to, of in zip(arrays.drawn, buffers.made, strict=True):
@@ -235,8 +240,8 @@ class StridedChains(_Chains):
         made = buffers.modulation.reshape(-1, modulation[0].size)
         self.calls += [
             device.gather(modulation.reshape(rows, -1), made, modulation_row),
-            device.gather(buffers.noise[0], normals.reshape(-1, dim), noise_row),
-            buffers.evaluate(head, 0, modulation, buffers.step[0]),
+            device.gather(buffers.noise[-1], normals.reshape(-1, dim), noise_row),
+            buffers.evaluate(head, 0, buffers.noise[-1], modulation, buffers.step[0]),
             self._hold(head, 0),
         ]
         self.inputs = [buffers.step[0], modulation_row, noise_row, *self._window]
@@ -244,11 +249,12 @@ class StridedChains(_Chains):
     def _call_at(self, head: Head, call: int, place: int, step: int) -> None:
         """A call of all rows at one step of the mask, on the modulation at `place`."""
         buffers = self._buffers
-        self.calls += [
-            head.device.copy(buffers.noise[call], self._arrays.normals[:, 1 + step]),
-            buffers.evaluate(head, call, buffers.modulation[place], buffers.fixed_step[self._first + step]),
-            self._hold(head, call),
-        ]
+        noise, modulation, steps = (
+            buffers.noise[step],
+            buffers.modulation[place],
+            buffers.fixed_step[self._first + step],
+        )
+        self.calls += [buffers.evaluate(head, call, noise, modulation, steps), self._hold(head, call)]
 
     def _hold(self, head: Head, call: int) -> BoundCall:
         """What follows the call on its prediction x̂₀."""

@@ -111,7 +111,9 @@ class Session:
         _fill_block(block, prepared, rows, inputs)
         block.launch()
         self.device.wait()
-        return _drawn(block.arrays, rows.where)
+        drawn = _drawn(block.arrays, rows.where)
+        require_finite(drawn.token, "denoise_step")
+        return drawn
 
     def speculate(self, inputs: RowInputs) -> Speculation:
         """Draft the tokens of some AR steps of each image, and let the target judge them."""
@@ -133,6 +135,7 @@ class Session:
         self.device.wait()
         self._last_round = call, z_rows, sum(rows.counts)
         drawn, target = (_drawn(arrays, rows.where) for arrays in (block.arrays, verification.target))
+        require_finite(drawn.token, "denoise_step")
         require_finite(target.mean, "denoise_step" if self.shared_noise else "path_means")
         return Speculation(drawn, target)
 
@@ -264,6 +267,4 @@ def _fill_block(block: _Block, prepared: list[Prepared], rows: PaddedRows, input
 
 def _drawn(arrays: ChainArrays, rows: IntArray | slice) -> Trajectory:
     """Some rows of what a launch left."""
-    path = arrays.path[rows]
-    require_finite(path[:, -1], "denoise_step")
-    return Trajectory(path, arrays.mean[rows], None if arrays.std is None else arrays.std[rows])
+    return Trajectory(arrays.path[rows], arrays.mean[rows], None if arrays.std is None else arrays.std[rows])
