@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from specdec_rt.backends.base import BoundCall
-from specdec_rt.types import Array, FloatArray, IntArray
+from specdec_rt.types import Array, FloatArray
 
 __all__ = ["HostDevice"]
 
@@ -70,29 +70,23 @@ class HostDevice:
         window: tuple[Array, Array],
         coefficients: Array,
     ) -> BoundCall:
-        """Transitions on a held x̂₀, unrolled into one product for each window; mostly all rows share one."""
-        (before, after, evaluated_mean), (begins, ends), noise = evaluated, window, normals[:, 1:]
-        unrolled = lru_cache(maxsize=256)(lambda begin, end: _unrolled(coefficients[begin:end]))
+        """Transitions on a held x̂₀, unrolled into one product for all rows, or for each row if windows differ."""
+        begins, ends = window
 
-        def hold(rows: IntArray | slice, begin: int, end: int) -> None:
-            first = after[rows]
-            given = np.empty((2 + end - begin, *first.shape))
-            given[0], given[1], given[2] = before[rows], evaluated_mean[rows], first
-            given[3:] = noise[rows, begin + 1 : end].swapaxes(0, 1)
-            held = (unrolled(begin, end) @ given.reshape(len(given), -1)).reshape(2, -1, *first.shape)
-            mean[rows, begin + 1 : end], path[rows, begin + 2 : end + 1] = held.swapaxes(1, 2)
-            after[rows] = path[rows, end]
+        @lru_cache(maxsize=256)
+        def hold(first: int, last: int, begin: int, end: int) -> BoundCall:
+            rows = slice(first, last)
+            return _hold(
+                [array[rows] for array in (path, mean, normals, *evaluated)], begin, end, coefficients[begin:end]
+            )
 
         def call() -> None:
-            windows = set(zip(begins.tolist(), ends.tolist(), strict=True))
-            for begin, end in windows:
-                rows = slice(None) if len(windows) == 1 else np.flatnonzero((begins == begin) & (ends == end))
-                if begin >= end:
-                    after[rows] = before[rows]
-                    continue
-                path[rows, begin + 1], mean[rows, begin] = after[rows], evaluated_mean[rows]
-                if end > begin + 1:
-                    hold(rows, begin, end)
+            windows = list(zip(begins.tolist(), ends.tolist(), strict=True))
+            if len(set(windows)) == 1:
+                hold(0, len(windows), *windows[0])()
+                return
+            for row, (begin, end) in enumerate(windows):
+                hold(row, row + 1, begin, end)()
 
         return call
 
@@ -118,6 +112,30 @@ class HostDevice:
         return count
 
 
+def _hold(arrays: Sequence[Array], begin: int, end: int, coefficients: FloatArray) -> BoundCall:
+    """`linear_recurrence` of rows that share a window; `coefficients [end - begin, 5]` are the window's."""
+    path, mean, normals, before, after, evaluated_mean = arrays
+    if begin >= end:
+        return lambda: np.copyto(after, before)
+    steps = end - begin - 1
+    unrolled = _unrolled(coefficients)
+    given, made = np.empty((3 + steps, *before.shape)), np.empty((2, steps, *before.shape))
+    flat_given, flat_made = given.reshape(3 + steps, before.size), made.reshape(2 * steps, before.size)
+    noise = normals[:, begin + 2 : end + 1].swapaxes(0, 1)
+    held_means, held_states = mean[:, begin + 1 : end].swapaxes(0, 1), path[:, begin + 2 : end + 1].swapaxes(0, 1)
+    first_mean, first_state, last_state = mean[:, begin], path[:, begin + 1], path[:, end]
+
+    def call() -> None:
+        first_mean[:], first_state[:] = evaluated_mean, after
+        if steps:
+            given[0], given[1], given[2], given[3:] = before, evaluated_mean, after, noise
+            np.matmul(unrolled, flat_given, out=flat_made)
+            held_means[:], held_states[:] = made
+            after[:] = last_state
+
+    return call
+
+
 def _unrolled(coefficients: FloatArray) -> FloatArray:
     """`[2 steps, 3 + steps]`: means, then states, of so many transitions after an evaluated one, as one product.
 
@@ -131,4 +149,4 @@ def _unrolled(coefficients: FloatArray) -> FloatArray:
         means.append(of_state * state + of_x0 * x0_pred)
         state = means[-1] + std * given[3 + step]
         states.append(state)
-    return np.array([*means, *states])
+    return np.array([*means, *states]).reshape(-1, len(given))
