@@ -21,7 +21,7 @@ from export.mar_models import MarPair, read_mar_pair
 from export.models.causal import CausalModel
 from export.models.mar import Mar, MarBackbone
 from specdec_rt.bench.graph_times import bind_graph, graph_sizes, time_call
-from specdec_rt.build.builder import GraphSlot, graph_slots
+from specdec_rt.build.bundle_graphs import BundleGraph, bundle_graphs
 from specdec_rt.chain import compile_chain
 from specdec_rt.manifest import Binding, GraphName
 from specdec_rt.pipeline import Pipeline
@@ -79,7 +79,7 @@ def graph_limits(
     pair = read_pair(pipeline.bundle.folder) if manifest.family == "causal" else read_mar_pair(pipeline.bundle.folder)
     chain = compile_chain(manifest.chain).length
     rows = []
-    for slot in graph_slots(manifest):
+    for slot in bundle_graphs(manifest):
         if slot.name in (None, GraphName.TIME_EMBEDDING):
             continue  # called once an image, or once for all
         for x, y in _shapes(slot, manifest.family, batch, draft_length, manifest.tokens, chain):
@@ -105,7 +105,7 @@ def graph_limits(
 
 
 def _shapes(
-    slot: GraphSlot, family: str, batch: int, draft_length: int, tokens: int, chain: int
+    slot: BundleGraph, family: str, batch: int, draft_length: int, tokens: int, chain: int
 ) -> list[tuple[int, int]]:
     if slot.name is GraphName.BACKBONE:
         verify = (batch, draft_length) if family == "causal" else (batch * draft_length, tokens // 2)
@@ -116,7 +116,7 @@ def _shapes(
     return [(batch * draft_length if slot.name is GraphName.PATH_MEANS else batch, 1)]
 
 
-def graph_work(pair: CausalPair | MarPair, slot: GraphSlot, sizes: Mapping[str, int]) -> dict[str, Any]:
+def graph_work(pair: CausalPair | MarPair, slot: BundleGraph, sizes: Mapping[str, int]) -> dict[str, Any]:
     """`weight_bytes`, `state_bytes`, `bytes` and `operations` of one call in single precision."""
     module = _module(pair, slot)
     weights = 4 * sum(
@@ -146,7 +146,7 @@ def _state_bytes(binding: Binding, sizes: Mapping[str, int], *, written: bool) -
     return math.prod(shape) * ITEM_BYTES[binding.dtype]
 
 
-def _module(pair: CausalPair | MarPair, slot: GraphSlot) -> nn.Module:
+def _module(pair: CausalPair | MarPair, slot: BundleGraph) -> nn.Module:
     model = pair.target if slot.owner == "target" else pair.drafts[slot.owner]
     if slot.name is GraphName.BACKBONE:
         if isinstance(model, MarBackbone):
@@ -168,7 +168,7 @@ def _without_head(model: MarBackbone) -> MarBackbone:
     return alone
 
 
-def _arguments(slot: GraphSlot, sizes: Mapping[str, int]) -> list[Any]:
+def _arguments(slot: BundleGraph, sizes: Mapping[str, int]) -> list[Any]:
     given: list[Any] = []
     caches: list[Tensor] = []
     for binding in slot.graph.inputs:

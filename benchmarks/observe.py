@@ -8,15 +8,15 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from specdec_rt.decode.chain import Trajectory
+from specdec_rt.decode.draft import Proposal
+from specdec_rt.decode.loop import Decoder
+from specdec_rt.decode.verify import ExactJudgement, PaperJudgement
 
 from benchmarks.requests import Request
 from specdec_rt import Pipeline
 from specdec_rt import pipeline as pipeline_module
 from specdec_rt.decode import verify
-from specdec_rt.decode.chain import Trajectory
-from specdec_rt.decode.draft import Proposal
-from specdec_rt.decode.loop import Decoder
-from specdec_rt.decode.verify import ExactJudgement, PaperJudgement
 from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import FloatArray, IntArray
 

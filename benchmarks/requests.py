@@ -7,6 +7,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from specdec_rt.decode.draft import Proposal
+from specdec_rt.decode.verify import ExactJudgement, judge_exact
 
 from benchmarks.scenario import Forced, RuntimeVariant, Scenario
 from specdec_rt import Pipeline
@@ -16,10 +18,8 @@ from specdec_rt.bench.cost import draw_left
 from specdec_rt.chain import Chain
 from specdec_rt.config import DecodeOptions
 from specdec_rt.decode import loop, verify
-from specdec_rt.decode.draft import Proposal
-from specdec_rt.plan import schedule_of
 from specdec_rt.decode.stats import Stats
-from specdec_rt.decode.verify import ExactJudgement, judge_exact
+from specdec_rt.plan import schedule_of
 from specdec_rt.types import FloatArray, IntArray
 
 __all__ = ["Request", "forced_verdicts", "labels_of", "request_schedule"]

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from specdec_rt.decode.draft import Model
+from specdec_rt.decode.loop import Decoder
 
 from export.reference import RecordingError, Reference
 from specdec_rt import DecodeOptions, Pipeline, UsageError
 from specdec_rt.ar_schedule import cosine_schedule
 from specdec_rt.chain import Chain
-from specdec_rt.decode.draft import Model
-from specdec_rt.decode.loop import Decoder
 from specdec_rt.decode.stats import Counters
 from specdec_rt.errors import BackendError
 from specdec_rt.families.position_batch import PositionBatch

@@ -81,7 +81,7 @@ class Models:
         resume_step_mask: StepMask,
     ) -> Session:
         return Session(
-            self.backend.device,
+            device=self.backend.device,
             target=None if mode == "draft" else self._model(None, spec, branches, cache_positions),
             draft=None if draft is None else self._model(draft, spec, branches, cache_positions),
             draft_step_mask=_array(draft_step_mask),

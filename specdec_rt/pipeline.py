@@ -12,19 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
+from specdec_rt.backend_choice import open_backend
 from specdec_rt.backends.base import Backend
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import read_recipe
-from specdec_rt.build.select import open_backend
 from specdec_rt.bundle import Bundle, load_bundle
 from specdec_rt.config import DecodeOptions, check_whole_number
 from specdec_rt.decode.decoder import Decoder, DecodingSetup
 from specdec_rt.decode.draft_length import DraftLengthController
 from specdec_rt.decode.exact import ExactVerifier
 from specdec_rt.decode.paper import PaperVerifier
+from specdec_rt.decode.round import Verifier
 from specdec_rt.decode.session import Session
 from specdec_rt.decode.stats import Counters, Stats
-from specdec_rt.decode.verifier import Verifier
 from specdec_rt.errors import UsageError
 from specdec_rt.models import Models
 from specdec_rt.noise import NoiseSource

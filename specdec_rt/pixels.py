@@ -11,7 +11,7 @@ __all__ = ["decode_pixels", "lay_patches", "to_bytes"]
 
 
 def lay_patches(tokens: FloatArray, layout: ImageLayout, family: Family) -> FloatArray:
-    """Tokens `[N, L, D]`, each a patch's pixels in the family's order, to images `[N, H, W, C]`."""
+    """Tokens `[B, L, D]`, each a patch's pixels in the family's order, to images `[B, height, width, channels]`."""
     patch, channels = layout.patch, layout.channels
     grid = (len(tokens), layout.height // patch, layout.width // patch)
     if family == "mar":
@@ -24,7 +24,7 @@ def lay_patches(tokens: FloatArray, layout: ImageLayout, family: Family) -> Floa
 def decode_pixels(
     tokens: FloatArray, layout: ImageLayout, device: Device, decoder: Engine, capacity: Capacity = Capacity()
 ) -> FloatArray:
-    """Tokens `[N, L, D]` to images `[N, H, W, C]`, so many at a time that the decoder's activations fit."""
+    """Tokens `[B, L, D]` to images `[B, height, width, channels]`, as many at a time as fit."""
     size = capacity.images_per_decode(layout.height * layout.width)
     shape = (layout.height, layout.width, layout.channels)
     parts = [tokens[begin : begin + size] for begin in range(0, len(tokens), size)]

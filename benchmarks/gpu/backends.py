@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.gpu.torch_device import TorchBackend, TorchDevice
+from specdec_rt.backend_choice import open_backend
 from specdec_rt.backends.availability import AUTO_ORDER, check
-from specdec_rt.backends.base import Backend
+from specdec_rt.backends.base import Backend, BackendName
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import PrecisionTable, Recipe, default_recipe
-from specdec_rt.build.select import open_backend
 from specdec_rt.bundle import Bundle
 from specdec_rt.manifest import Precision
 
@@ -22,8 +22,8 @@ PYTORCH = "pytorch"
 
 def working_backends(device: Kind) -> list[str]:
     """The runtime's own backends that run on such a device here, the best first."""
-    gpu = [name for name in AUTO_ORDER if name != "onnxruntime"]
-    return [name for name in (gpu if device == "cuda" else ["onnxruntime"]) if check(name).usable]
+    gpu = [name for name in AUTO_ORDER if name is not BackendName.ONNXRUNTIME]
+    return [name.value for name in (gpu if device == "cuda" else [BackendName.ONNXRUNTIME]) if check(name).usable]
 
 
 def recipe_for(backend: str, batches: Sequence[int], precision: Precision) -> Recipe:
@@ -56,7 +56,7 @@ class Candidate:
     @property
     def record(self) -> dict[str, object]:
         """For the rows that it gives. ONNX Runtime captures each call of an engine, the others a whole step."""
-        unit = "call" if self.backend == "cuda" else "step"
+        unit = "call" if self.backend == BackendName.CUDA else "step"
         graphs = f"a graph per {unit}" if self.captured else "none"
         return {"backend": self.backend, "captured": self.captured, "graphs": graphs, "precision": self.precision}
 

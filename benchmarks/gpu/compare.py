@@ -21,15 +21,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from specdec_rt.backends.availability import driver
-from specdec_rt.build.builder import graph_slots
+from specdec_rt.backends.base import BackendName
+from specdec_rt.backends.nvidia_driver import find_driver
+from specdec_rt.build.bundle_graphs import bundle_graphs
 from specdec_rt.bundle import Bundle, load_bundle
 from specdec_rt.chain import compile_chain
 from specdec_rt.errors import BackendError, BundleError
 from specdec_rt.manifest import Binding, Graph, Precision
 from specdec_rt.types import Array
 
-BACKENDS = ("tensorrt-rtx", "tensorrt", "cuda", "onnxruntime")
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 0.2}
 """Absolute or relative, whichever an output's value meets: of values about 1."""
 ROWS = 8
@@ -147,17 +147,17 @@ def tensorrt_network(path: Path, inputs: Feed) -> tuple[Any, Any]:
 
 
 _RUNNERS: dict[str, Callable[[Path, Feed], Any]] = {
-    "tensorrt-rtx": _tensorrt,
-    "tensorrt": _tensorrt,
-    "cuda": lambda path, _: _onnxruntime(path, "cuda"),
-    "onnxruntime": lambda path, _: _onnxruntime(path, "cpu", optimised=False),
+    BackendName.TENSORRT_RTX.value: _tensorrt,
+    BackendName.TENSORRT.value: _tensorrt,
+    BackendName.CUDA.value: lambda path, _: _onnxruntime(path, "cuda"),
+    BackendName.ONNXRUNTIME.value: lambda path, _: _onnxruntime(path, "cpu", optimised=False),
 }
 
 
 def compare_bundle(bundle: Bundle, against: str, precision: Precision = "fp32") -> list[Difference]:
     """All outputs of all graphs that the bundle has in this precision."""
     found: list[Difference] = []
-    for slot in graph_slots(bundle.manifest):
+    for slot in bundle_graphs(bundle.manifest):
         try:
             paths = bundle.path(slot.graph), bundle.path(slot.graph, precision)
         except BundleError:
@@ -183,20 +183,20 @@ def main() -> int:
     """Exit code 0 where all outputs are within the tolerance, 1 where one is not or nothing was compared."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.compare", description=__doc__.splitlines()[0])
     parser.add_argument("bundle", nargs="?", default="digits")
-    parser.add_argument("--against", choices=BACKENDS, default="tensorrt-rtx")
+    parser.add_argument("--against", choices=list(_RUNNERS), default=BackendName.TENSORRT_RTX.value)
     parser.add_argument("--precision", choices=TOLERANCE, default="fp32")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     given = parser.parse_args()
-    if given.against == "onnxruntime" and given.precision == "bf16":
+    if given.against == BackendName.ONNXRUNTIME and given.precision == "bf16":
         parser.error("ONNX Runtime has no bf16 on the CPU; choose another backend or precision")
-    if given.against != "onnxruntime":
+    if given.against != BackendName.ONNXRUNTIME:
         try:
-            driver()
+            find_driver()
         except BackendError as error:
             sys.stderr.write(f"error: {error}\n")
             return error.exit_code
     # Polygraphy asks once, when it is imported, which of the two modules it is to use.
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if given.against == "tensorrt-rtx" else "0"
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if given.against == BackendName.TENSORRT_RTX else "0"
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.ERROR

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdec_rt.backends.availability import driver
 from specdec_rt.backends.installed import installed_version
+from specdec_rt.backends.nvidia_driver import find_driver
 from specdec_rt.cli import doctor
 from specdec_rt.errors import BackendError
 
@@ -33,7 +33,7 @@ def machine_record() -> dict[str, Any]:
         "versions": {name: installed_version(*names) for name, names in PACKAGES.items()},
     }
     try:
-        one = driver()
+        one = find_driver()
     except BackendError as error:
         return {**found, "device": None, "driver": None, "no_device": str(error)}
     cuda = f"{one.cuda[0]}.{one.cuda[1]}"

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
+from specdec_rt.decode.draft import ChainNoise
+from specdec_rt.decode.loop import Session
 
 from benchmarks.gpu.timing import Clock, TimedDevice
 from specdec_rt import DecodeOptions, Pipeline
 from specdec_rt.backends.base import Backend
 from specdec_rt.bundle import Bundle
 from specdec_rt.decode import redraft
-from specdec_rt.decode.draft import ChainNoise
-from specdec_rt.decode.loop import Session
 from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import FloatArray, IntArray
 

@@ -1,4 +1,4 @@
-"""Buffers in host memory: an array is its own twin, calls run at once."""
+"""Buffers in host memory: an array is its own device buffer, and calls run at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,20 +7,21 @@ from functools import lru_cache
 import numpy as np
 
 from specdec_rt.backends.base import BoundCall
-from specdec_rt.types import Array, FloatArray
+from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["HostDevice"]
 
 
 def _nothing() -> None:
-    """What moving an array to where it is takes."""
+    """The copy of an array to its device buffer, which is the array itself."""
 
 
 @dataclass(frozen=True)
 class HostDevice:
-    """As in `base.Device`; shapes are never padded, and so there are many of them."""
+    """The CPU as a `Device`. Nothing is captured, so sizes are never padded."""
 
     kept_shapes: int = 32
+    """few: without padding there are many shapes, and each is cheap to make"""
 
     def activate(self) -> None:
         """Nothing: host memory is every thread's."""
@@ -30,7 +31,7 @@ class HostDevice:
         return np.zeros(shape, dtype)
 
     def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
-        """An array of zeros: engines take any part of it."""
+        """An array of zeros: engines on the CPU accept any address."""
         return np.zeros(shape, dtype)
 
     def upload(self, *arrays: Array) -> BoundCall:  # noqa: ARG002  # the protocol's
@@ -40,11 +41,11 @@ class HostDevice:
     download = upload
 
     def copy(self, destination: Array, source: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """Copies an array to another, broadcast to its shape."""
         return lambda: np.copyto(destination, source)
 
     def gather(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """`destination = source[index]`, by rows."""
 
         def call() -> None:
             # Any mode but "raise" spares NumPy a buffer: indices are the program's own.
@@ -53,7 +54,7 @@ class HostDevice:
         return call
 
     def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """`destination[index] = source`, by rows."""
 
         def call() -> None:
             destination[index] = source
@@ -71,28 +72,32 @@ class HostDevice:
     ) -> BoundCall:
         """Transitions on a held x̂₀, unrolled into one product for each window; mostly all rows share one."""
         (before, after, evaluated_mean), (begins, ends), noise = evaluated, window, normals[:, 1:]
-        unrolled = lru_cache(maxsize=256)(lambda begin, end: _unrolled(coefficients[begin + 1 : end, :3]))
+        unrolled = lru_cache(maxsize=256)(lambda begin, end: _unrolled(coefficients[begin:end]))
+
+        def hold(rows: IntArray | slice, begin: int, end: int) -> None:
+            first = after[rows]
+            given = np.empty((2 + end - begin, *first.shape))
+            given[0], given[1], given[2] = before[rows], evaluated_mean[rows], first
+            given[3:] = noise[rows, begin + 1 : end].swapaxes(0, 1)
+            held = (unrolled(begin, end) @ given.reshape(len(given), -1)).reshape(2, -1, *first.shape)
+            mean[rows, begin + 1 : end], path[rows, begin + 2 : end + 1] = held.swapaxes(1, 2)
+            after[rows] = path[rows, end]
 
         def call() -> None:
-            windows = dict.fromkeys(zip(begins.tolist(), ends.tolist(), strict=True))
+            windows = set(zip(begins.tolist(), ends.tolist(), strict=True))
             for begin, end in windows:
                 rows = slice(None) if len(windows) == 1 else np.flatnonzero((begins == begin) & (ends == end))
                 if begin >= end:
                     after[rows] = before[rows]
                     continue
                 path[rows, begin + 1], mean[rows, begin] = after[rows], evaluated_mean[rows]
-                if end == begin + 1:
-                    continue
-                x0_pred = coefficients[begin, 3] * before[rows] + coefficients[begin, 4] * evaluated_mean[rows]
-                given = np.concatenate([after[rows][None], x0_pred[None], noise[rows, begin + 1 : end].swapaxes(0, 1)])
-                held = (unrolled(begin, end) @ given.reshape(len(given), -1)).reshape(2, -1, *x0_pred.shape)
-                mean[rows, begin + 1 : end], path[rows, begin + 2 : end + 1] = held.swapaxes(1, 2)
-                after[rows] = path[rows, end]
+                if end > begin + 1:
+                    hold(rows, begin, end)
 
         return call
 
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:
-        """As in `base.Device`: they run one after the other."""
+        """All calls as one: they run one after the other."""
         kept = tuple(call for call in calls if call is not _nothing)
 
         def run() -> None:
@@ -105,23 +110,25 @@ class HostDevice:
         """Nothing is ever outstanding."""
 
     def batch_bucket(self, images: int) -> int:
-        """As many as there are images."""
+        """`images` itself: nothing is captured."""
         return images
 
     def bucketed(self, count: int, limit: int) -> int:  # noqa: ARG002  # the protocol's
-        """The size itself."""
+        """`count` itself: nothing is captured."""
         return count
 
 
 def _unrolled(coefficients: FloatArray) -> FloatArray:
-    """`[2 H, 2 + H]`: the means, then the states of a recurrence of H steps, as one product.
+    """`[2 steps, 3 + steps]`: means, then states, of so many transitions after an evaluated one, as one product.
 
-    They are linear in the first state, x̂₀ and the noise of each step; `coefficients [H, 3]` belong to these three.
+    They are linear in the state before the evaluated transition, its mean, the state after it, and the noise of each
+    step; `coefficients [1 + steps, 5]` are those of the evaluated transition and of the others.
     """
     given = np.eye(2 + len(coefficients))
-    state, means, states = given[0], [], []
-    for step, (of_state, of_x0, std) in enumerate(coefficients):
-        means.append(of_state * state + of_x0 * given[1])
-        state = means[-1] + std * given[2 + step]
+    x0_pred = coefficients[0, 3] * given[0] + coefficients[0, 4] * given[1]
+    state, means, states = given[2], [], []
+    for step, (of_state, of_x0, std, *_) in enumerate(coefficients[1:]):
+        means.append(of_state * state + of_x0 * x0_pred)
+        state = means[-1] + std * given[3 + step]
         states.append(state)
     return np.array([*means, *states])

@@ -1,4 +1,4 @@
-"""The moves between engines, as CUDA kernels: compiled by NVRTC where they run."""
+"""The CUDA kernels that move data between engines; NVRTC compiles them on the machine where they run."""
 
 from collections.abc import Mapping
 from typing import Any

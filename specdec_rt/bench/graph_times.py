@@ -9,7 +9,7 @@ import numpy as np
 from specdec_rt.backends.base import BoundCall
 from specdec_rt.bench.cost import Interpolated
 from specdec_rt.bench.timing import Times
-from specdec_rt.build.builder import GraphSlot, graph_slots
+from specdec_rt.build.bundle_graphs import BundleGraph, bundle_graphs
 from specdec_rt.decode.chain import modulation_places, paths_per_call
 from specdec_rt.manifest import Binding, GraphName
 from specdec_rt.pipeline import Pipeline
@@ -38,7 +38,7 @@ class GraphTimes:
     def __init__(self, pipeline: Pipeline, *, branches: int, chain: int, draft_share: float | None = None) -> None:
         self._pipeline, self._branches, self._chain = pipeline, branches, chain
         self._share = draft_share
-        self._slots = {slot.label: slot for slot in graph_slots(pipeline.bundle.manifest)}
+        self._slots = {slot.label: slot for slot in bundle_graphs(pipeline.bundle.manifest)}
         self._functions: dict[str, Interpolated] = {}
         self._swept = np.zeros(SWEPT, np.float32)
 
@@ -94,7 +94,7 @@ class GraphTimes:
             self._functions[key] = Interpolated(lambda x, y: self._measure(slot, x, y, again=again), grid=grid)
         return self._functions[key]
 
-    def _measure(self, slot: GraphSlot, x: int, y: int, *, again: bool) -> float:
+    def _measure(self, slot: BundleGraph, x: int, y: int, *, again: bool) -> float:
         sizes = graph_sizes(self._pipeline, branches=self._branches, chain=self._chain, x=x, y=y)
         calls = 1
         if again:  # each transition reads modulation of its own, which lies where no core's own cache holds all of it
@@ -115,7 +115,7 @@ def graph_sizes(pipeline: Pipeline, *, branches: int, chain: int, x: int, y: int
     return {**sizes, "B": x * branches, "N": min(y, tokens), "S": tokens, "K": known, "Q": min(QUERIES, tokens)}
 
 
-def bind_graph(pipeline: Pipeline, slot: GraphSlot, sizes: Mapping[str, int]) -> BoundCall:
+def bind_graph(pipeline: Pipeline, slot: BundleGraph, sizes: Mapping[str, int]) -> BoundCall:
     """A call on buffers of these sizes: indices in range, everything else alike."""
     device = pipeline.backend.device
     assert slot.model is not None

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from specdec_rt.build.builder import BuiltGraph, Reporter, build_bundle, graph_slots
+from specdec_rt.build.builder import BuildProgress, BuiltGraph, build_bundle
+from specdec_rt.build.bundle_graphs import bundle_graphs
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import read_recipe
 from specdec_rt.bundle import load_bundle
@@ -47,8 +48,8 @@ def build_command(
         typer.echo(f"removed {cleared} engines from {engines.folder}", err=True)
     built: list[BuiltGraph] = []
     if instructions is not None:
-        with build_reporter(len(graph_slots(checked.manifest)), stderr_console()) as reporter:
-            built = build_bundle(checked, instructions, engines, reporter=reporter)
+        with build_reporter(len(bundle_graphs(checked.manifest)), stderr_console()) as reporter:
+            built = build_bundle(checked, instructions, engines, progress=reporter)
     if as_json:
         record = {"bundle": checked.manifest.name, "cache": str(engines.folder), "cleared": cleared}
         print_json({**record, "graphs": [asdict(graph) for graph in built]})
@@ -69,7 +70,7 @@ def _engines_table(title: str, built: list[BuiltGraph]) -> Table:
 
 
 @contextmanager
-def build_reporter(graphs: int, console: Console) -> Iterator[Reporter]:
+def build_reporter(graphs: int, console: Console) -> Iterator[BuildProgress]:
     """Shows how the engines of so many graphs are built: bars on a terminal, elsewhere a line for each engine."""
     if not on_terminal(console):
         yield BuildLog(console)

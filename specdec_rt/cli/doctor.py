@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 import specdec_rt
-from specdec_rt.backends.availability import AUTO_ORDER, check, driver
+from specdec_rt.backends.availability import AUTO_ORDER, check
 from specdec_rt.backends.installed import installed_version, onnxruntime_problem
-from specdec_rt.backends.tensorrt import probe
+from specdec_rt.backends.nvidia_driver import find_driver
+from specdec_rt.backends.tensorrt_module import probe
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.cli.options import CacheOption, JsonOption
 from specdec_rt.cli.tables import key_value_table, paragraphs, size_text
@@ -68,7 +69,7 @@ def doctor_record(cache_folder: Path | None = None) -> dict[str, Any]:
 
 def _driver_record() -> dict[str, Any]:
     try:
-        found = driver()
+        found = find_driver()
     except BackendError as error:
         return {"version": None, "cuda": None, "why_not": str(error), "gpus": []}
     return {

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec_rt.build.builder import EngineBuilder, graph_slots
-from specdec_rt.build.cache import EngineCache, Entry, engine_key
+from specdec_rt.build.builder import EngineBuilder
+from specdec_rt.build.bundle_graphs import bundle_graphs
+from specdec_rt.build.cache import EngineCache
+from specdec_rt.build.engine_record import CachedEngine, engine_key
 from specdec_rt.build.recipe import Recipe, read_recipe
 from specdec_rt.bundle import Bundle, load_bundle
 from specdec_rt.chain import compile_chain
@@ -115,7 +117,7 @@ def _is_engine_file(path: Path) -> bool:
     return path.is_file() and (path.suffix == ".plan" or _RECORD_NAME.fullmatch(path.name) is not None)
 
 
-def find_engine(path: Path) -> Entry:
+def find_engine(path: Path) -> CachedEngine:
     """The engine whose plan or record lies at `path`. Raises UsageError for one that was not built on this machine."""
     record = path.with_suffix(".json")
     if _RECORD_NAME.fullmatch(record.name) and record.is_file():  # the folder is a cache: no other is touched
@@ -128,13 +130,13 @@ def find_engine(path: Path) -> Entry:
     )
 
 
-def find_engines(bundle: Bundle, cache: EngineCache, recipe: Recipe | None = None) -> list[Entry]:
+def find_engines(bundle: Bundle, cache: EngineCache, recipe: Recipe | None = None) -> list[CachedEngine]:
     """The cached engines of a bundle's graphs, in the order of the graphs.
 
     With a recipe, only those that it makes on this machine, at most one for each graph; this raises what `build`
     raises for a recipe that does not fit.
     """
-    slots = graph_slots(bundle.manifest)
+    slots = bundle_graphs(bundle.manifest)
     order = {slot.label: index for index, slot in enumerate(slots)}
     hashes = set(bundle.manifest.files.values())
     found = [entry for entry in cache.entries() if entry.record.fields.get("graph") in hashes]
@@ -145,6 +147,6 @@ def find_engines(bundle: Bundle, cache: EngineCache, recipe: Recipe | None = Non
     return sorted(found, key=lambda entry: order.get(entry.record.graph, len(order)))
 
 
-def engine_record(entry: Entry) -> dict[str, Any]:
+def engine_record(entry: CachedEngine) -> dict[str, Any]:
     """What an engine's record says, as plain values for JSON."""
     return {"key": entry.key, "path": str(entry.path), **entry.record.model_dump(mode="json")}

@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from specdec_rt.build.builder import graph_slots
-from specdec_rt.build.cache import Entry
-from specdec_rt.build.profile import Profile
+from specdec_rt.backends.tensorrt_builder import ShapeProfile
+from specdec_rt.build.bundle_graphs import bundle_graphs
+from specdec_rt.build.engine_record import CachedEngine
 from specdec_rt.bundle import Bundle
 from specdec_rt.chain import compile_chain
 from specdec_rt.config import Mode
@@ -171,17 +171,17 @@ def _indented(value: Any, indent: str = "") -> str:  # noqa: ANN401  # whatever 
 # --- engines -------------------------------------------------------------------------------------------
 
 
-def engines_report(manifest: Manifest, entries: Sequence[Entry]) -> RenderableType:
+def engines_report(manifest: Manifest, entries: Sequence[CachedEngine]) -> RenderableType:
     """A bundle's engines, and which of its graphs have none."""
     built = {entry.record.graph for entry in entries}
-    missing = [slot.label for slot in graph_slots(manifest) if slot.label not in built]
+    missing = [slot.label for slot in bundle_graphs(manifest) if slot.label not in built]
     parts = [engine_report(entry) for entry in entries]
     if missing:
         parts.append(Text(f"no engine in the cache: {', '.join(missing)}"))
     return paragraphs(parts)
 
 
-def engine_report(entry: Entry) -> RenderableType:
+def engine_report(entry: CachedEngine) -> RenderableType:
     """What an engine's record says."""
     record = entry.record
     rows = {
@@ -202,7 +202,9 @@ def engine_report(entry: Entry) -> RenderableType:
     return Group(key_value_table(f"{record.bundle}: {record.graph}", rows), table)
 
 
-def _binding_rows(bindings: Sequence[Binding], profiles: Mapping[str, Profile]) -> Iterator[tuple[str, Profile | None]]:
+def _binding_rows(
+    bindings: Sequence[Binding], profiles: Mapping[str, ShapeProfile]
+) -> Iterator[tuple[str, ShapeProfile | None]]:
     """Each binding and its profile; three or more that are alike (a model's caches) make one row."""
     alike = groupby(bindings, lambda binding: (binding.dtype, binding.shape, profiles.get(binding.name)))
     for (dtype, shape, profile), group in alike:

@@ -6,6 +6,7 @@ batches come in the sizes that launches are captured for. A slot without work st
 
 import numpy as np
 
+from specdec_rt.decode.round import RowInputs
 from specdec_rt.decode.session import Session
 from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.noise import Draws, Purpose, TokenNoise
@@ -23,25 +24,30 @@ class Batch:
     ) -> None:
         head = session.primary_model.head
         self._session, self._plan, self._draws = session, plan, draws
-        self._labels, self._images, self._most = labels, images, slots
+        self._labels, self._image_keys, self._most = labels, images, slots
         self._transitions, dim = head.chain.length, head.token_dim
         self._order = draw_order(plan, draws, images)
-        self._admitted = 0
-        """images that have, or had, a slot"""
         self.shown = np.zeros((len(images), plan.tokens, dim), np.float32)
         """`[B, L, D]` the tokens to show"""
-        self.image: IntArray = np.zeros(0, np.int64)
-        """`[A]` the image in each slot"""
-        self.ar_step: IntArray = np.zeros(0, np.int64)
+        self._admitted = 0
+        """images that have, or had, a slot"""
+        self._allocate(0)
+
+    def _allocate(self, slots: int) -> None:
+        """So many slots, none of which has work yet."""
+        tokens, dim = self.shown.shape[1:]
+        self.image_of_slot = np.full(slots, self._admitted)
+        """`[A]`"""
+        self.ar_step = np.full(slots, self._plan.schedule.steps)
         """`[A]` the AR step that each slot makes next"""
-        self.tokens: FloatArray = np.zeros((0, plan.tokens, dim), np.float32)
+        self.tokens = np.zeros((slots, tokens, dim), np.float32)
         """`[A, L, D]` the tokens that each slot's image goes on from"""
-        self._normals: FloatArray = np.zeros((0, plan.tokens, self._transitions + 1, dim), np.float32)
+        self._normals = np.zeros((slots, tokens, self._transitions + 1, dim), np.float32)
         """`[A, L, n + 1, D]` the noise of each token's chain, drawn when its image is admitted"""
 
     def __len__(self) -> int:
         """A, the number of slots."""
-        return len(self.image)
+        return len(self.image_of_slot)
 
     @property
     def under_way(self) -> BoolArray:
@@ -51,18 +57,14 @@ class Batch:
     @property
     def waiting(self) -> int:
         """Images that have had no slot yet."""
-        return len(self._images) - self._admitted
+        return len(self._image_keys) - self._admitted
 
     # --- images come and go -----------------------------------------------------------------------------
 
     def admit(self) -> None:
         """Begin anew with the next images that wait."""
         count = min(self._most, self.waiting)
-        slots = self._session.device.batch_bucket(count)
-        self.image = np.full(slots, self._admitted)
-        self.ar_step = np.full(slots, self._plan.schedule.steps)
-        self.tokens = np.zeros((slots, *self.tokens.shape[1:]), np.float32)
-        self._normals = np.zeros((slots, *self._normals.shape[1:]), np.float32)
+        self._allocate(self._session.device.batch_bucket(count))
         self._place(np.arange(count))
 
     def backfill(self) -> None:
@@ -80,46 +82,45 @@ class Batch:
             return
         idle = np.flatnonzero(~under_way)[: slots - int(under_way.sum())]
         kept = np.sort(np.concatenate([np.flatnonzero(under_way), idle]))
-        self.image, self.ar_step = self.image[kept], self.ar_step[kept]
+        self.image_of_slot, self.ar_step = self.image_of_slot[kept], self.ar_step[kept]
         self.tokens, self._normals = self.tokens[kept], self._normals[kept]
         for model in self._session.models:
             model.backbone.keep(kept)
 
     def _place(self, slots: IntArray) -> None:
         """Let the next images begin in these slots."""
-        self.image[slots] = self._admitted + np.arange(len(slots))
+        self.image_of_slot[slots] = self._admitted + np.arange(len(slots))
         self.ar_step[slots], self.tokens[slots] = 0, 0
         self._admitted += len(slots)
-        image, position = np.meshgrid(self._images[self.image[slots]], np.arange(self._plan.tokens), indexing="ij")
-        noise = TokenNoise(self._draws, image.ravel(), position.ravel()).chain(self._transitions, self.tokens.shape[2])
+        keys, (_, tokens, dim) = self._image_keys[self.image_of_slot[slots]], self.tokens.shape
+        of_tokens = TokenNoise(self._draws, np.repeat(keys, tokens), np.tile(np.arange(tokens), len(slots)))
+        noise = of_tokens.chain(self._transitions, dim)
         self._normals[slots] = noise.reshape(len(slots), *self._normals.shape[1:])
-        for model in self._session.models:
-            model.backbone.begin(self._labels[self.image])
+        for model in self._session.models:  # what a slot's last image left in caches lies after all that is read
+            model.backbone.begin(self._labels[self.image_of_slot])
 
     # --- rows -------------------------------------------------------------------------------------------
 
-    def next_positions(self, length: int) -> PositionBatch:
+    def next_rows(self, length: int) -> RowInputs:
         """The next `length` AR steps of all slots."""
-        return PositionBatch.of(self.order, self._plan.schedule.known, self.ar_step, length)
+        positions = PositionBatch.of(self.order, self._plan.schedule.known, self.ar_step, length)
+        normals = self._normals[positions.image_index, positions.position]
+        return RowInputs(positions, self.tokens, normals, self._plan.guidance_at(positions.ar_step))
 
     @property
     def order(self) -> IntArray:
         """`[A, L]` each slot's positions in the order in which they are predicted."""
-        return self._order[self.image]
-
-    def normals(self, positions: PositionBatch) -> FloatArray:
-        """`[R, n + 1, D]` the noise of the rows' chains."""
-        return self._normals[positions.image_index, positions.position]
+        return np.asarray(self._order[self.image_of_slot])
 
     def noise(self, positions: PositionBatch) -> TokenNoise:
         """The other draws of the rows' tokens."""
-        return TokenNoise(self._draws, self._images[self.image[positions.image_index]], positions.position)
+        return TokenNoise(self._draws, self._image_keys[self.image_of_slot[positions.image_index]], positions.position)
 
     def store(self, positions: PositionBatch, rows: BoolArray | IntArray, token: FloatArray, mean: FloatArray) -> None:
         """Commit the tokens `[J, D]` of some rows; `mean [J, D]` is shown where the chain shows means."""
         slot, position = positions.image_index[rows], positions.position[rows]
         self.tokens[slot, position] = token
-        self.shown[self.image[slot], position] = mean if self._plan.emit_mean else token
+        self.shown[self.image_of_slot[slot], position] = mean if self._plan.emit_mean else token
 
 
 def draw_order(plan: Plan, draws: Draws, images: IntArray) -> IntArray:

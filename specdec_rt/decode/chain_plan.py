@@ -11,7 +11,7 @@ For a suffix, n stands in the shapes below for its own number of transitions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,30 +40,15 @@ class ChainArrays:
     @classmethod
     def make(cls, head: Head, branches: int, rows: int, length: int) -> "ChainArrays":
         """Arrays for R chains of `length` transitions."""
-        zeros, dim = head.device.zeros, head.token_dim
-        return cls(
-            guidance=zeros((branches, rows), np.float32),
-            normals=zeros((rows, length + 1, dim), np.float32),
-            path=zeros((rows, length + 1, dim), np.float32),
-            mean=zeros((rows, length, dim), np.float32),
-            std=zeros((rows, length, dim), np.float32) if head.learned_std else None,
-        )
+        states, transitions = (rows, length + 1, head.token_dim), (rows, length, head.token_dim)
+        shapes = [(branches, rows), states, states, transitions, *([transitions] if head.learned_std else [])]
+        guidance, normals, path, mean, *std = (head.device.zeros(shape, np.float32) for shape in shapes)
+        return cls(guidance, normals, path, mean, std[0] if std else None)
 
     def pick(self, rows: slice) -> "ChainArrays":
         """Some of the rows, as views."""
         std = None if self.std is None else self.std[rows]
         return ChainArrays(self.guidance[:, rows], self.normals[rows], self.path[rows], self.mean[rows], std)
-
-    def judged(self, head: Head) -> "ChainArrays":
-        """The same paths, with room for other means."""
-        mean = head.device.zeros(self.mean.shape, np.float32)
-        return ChainArrays(self.guidance, self.normals, self.path, mean, None)
-
-    def beside(self, head: Head) -> "ChainArrays":
-        """Room for other chains that begin alike, on the same noise."""
-        (branches, rows), length = self.guidance.shape, self.mean.shape[1]
-        own = ChainArrays.make(head, branches, rows, length)
-        return ChainArrays(self.guidance, self.normals, own.path, own.mean, own.std)
 
     @property
     def drawn(self) -> list[Array]:
@@ -71,55 +56,37 @@ class ChainArrays:
         return [self.path, self.mean] if self.std is None else [self.path, self.mean, self.std]
 
 
-@dataclass(frozen=True, eq=False)
 class CallBuffers:
     """Static buffers of a head's calls for R rows, one entry for each call of a chain. Chains use them in turn."""
 
-    z: Array
-    """`[G, R, Z]`"""
-    guidance: Array
-    """`[G, R]`"""
-    step: Array
-    """`[n, R]` the transition that each call evaluates, where rows are at transitions of their own"""
-    fixed_step: Array
-    """`[n, R]` the numbers 0 … n - 1, where all rows are at the same one"""
-    state: Array
-    """`[n + 1, R, D]` the state before each call, and after the last"""
-    noise: Array
-    """`[n, R, D]`"""
-    mean: Array
-    """`[n, R, D]`"""
-    std: Array | None
-    """`[n, R, D]`, where the chain learns it"""
-    modulation: Array
-    """`[steps, R, G, M]`, of as many steps at a time as fit"""
-    bound: dict[tuple[int, int, int], BoundCall] = field(default_factory=dict)
-    """calls by their number and the addresses of what differs: many chains make the same ones"""
-
-    @classmethod
-    def make(cls, head: Head, branches: int, rows: int) -> "CallBuffers":
-        """Buffers for as many calls as the chain has transitions."""
+    def __init__(self, head: Head, branches: int, rows: int) -> None:
         device, n, dim = head.device, head.chain.length, head.token_dim
-        fixed_step = device.aligned((n, rows), np.int64)
-        fixed_step[:] = np.arange(n)[:, None]
-        device.upload(fixed_step)()
+        self.z = device.zeros((branches, rows, head.z_dim), np.float32)
+        """`[G, R, Z]`"""
+        self.guidance = device.zeros((branches, rows), np.float32)
+        """`[G, R]`"""
+        self.step, self.fixed_step = (device.aligned((n, rows), np.int64) for _ in range(2))
+        """`[n, R]` the transition that each call evaluates: of each row its own, or 0 … n - 1 of all rows alike"""
+        self.fixed_step[:] = np.arange(n)[:, None]
+        device.upload(self.fixed_step)()
+        self.state = device.aligned((n + 1, rows, dim), np.float32)
+        """`[n + 1, R, D]` the state before each call, and after the last"""
+        self.noise, self.mean = (device.aligned((n, rows, dim), np.float32) for _ in range(2))
+        """`[n, R, D]`"""
+        self.std = device.aligned((n, rows, dim), np.float32) if head.learned_std else None
+        """`[n, R, D]`, where the chain learns it"""
         steps = head.capacity.modulation_steps(rows, head.modulation_width, n)
-        return cls(
-            z=device.zeros((branches, rows, head.z_dim), np.float32),
-            guidance=device.zeros((branches, rows), np.float32),
-            step=device.aligned((n, rows), np.int64),
-            fixed_step=fixed_step,
-            state=device.aligned((n + 1, rows, dim), np.float32),
-            noise=device.aligned((n, rows, dim), np.float32),
-            mean=device.aligned((n, rows, dim), np.float32),
-            std=device.aligned((n, rows, dim), np.float32) if head.learned_std else None,
-            modulation=head.modulation_buffer(branches, rows, steps),
-        )
+        self.modulation = head.modulation_buffer(branches, rows, steps)
+        """`[steps, R, G, M]`, of as many steps at a time as fit"""
+        self.own_modulation = device.zeros(self.modulation.shape[1:], np.float32, staged=False)
+        """`[R, G, M]`, of each row's own step"""
+        self._bound: dict[tuple[int, int, int], BoundCall] = {}
+        """calls by their number and the addresses of what differs: many chains make the same ones"""
 
     def evaluate(self, head: Head, call: int, modulation: Array, step: Array) -> BoundCall:
         """Call number `call` on `modulation [R, G, M]`, of transitions `step [R]`."""
         key = call, modulation.ctypes.data, step.ctypes.data
-        if key not in self.bound:
+        if key not in self._bound:
             inputs = {
                 "state": self.state[call],
                 "modulation": modulation,
@@ -130,20 +97,28 @@ class CallBuffers:
             }
             std = {} if self.std is None else {"std": self.std[call]}
             outputs = {"next_state": self.state[call + 1], "mean": self.mean[call], **std}
-            self.bound[key] = head.engines.denoise_step.bind(inputs, outputs)
-        return self.bound[key]
+            self._bound[key] = head.engines.denoise_step.bind(inputs, outputs)
+        return self._bound[key]
 
-    def start(self, head: Head, z: Array, z_row: Array, arrays: ChainArrays) -> list[BoundCall]:
-        """What comes before the first call: conditions are rows `z_row [G R]` of `z [conditions, Z]`."""
+
+class _Chains:
+    """R chains on conditions that lie in `z [conditions, Z]`."""
+
+    def __init__(self, head: Head, buffers: CallBuffers, z: Array, arrays: ChainArrays) -> None:
         device = head.device
-        return [
-            device.gather(self.z.reshape(len(z_row), -1), z, z_row),
-            device.copy(self.guidance, arrays.guidance),
-            device.copy(self.state[0], arrays.normals[:, 0]),
+        self._buffers, self._arrays = buffers, arrays
+        self.z_row = device.zeros((arrays.guidance.size,), np.int64)
+        """`[G R]` the rows of `z` that are the chains' conditions; the host fills it"""
+        self.inputs: list[Array] = []
+        """what `begin_at` fills"""
+        self.calls = [
+            device.gather(buffers.z.reshape(len(self.z_row), -1), z, self.z_row),
+            device.copy(buffers.guidance, arrays.guidance),
+            device.copy(buffers.state[0], arrays.normals[:, 0]),
         ]
 
 
-class FullChains:
+class FullChains(_Chains):
     """R chains that call the head at every step, the first `n` of `arrays`: call i evaluates row r's i-th transition.
 
     With `own_begin`, `begin_at` says where each row begins. A row that begins late has its last state in the path
@@ -153,13 +128,12 @@ class FullChains:
     def __init__(
         self, head: Head, buffers: CallBuffers, z: Array, arrays: ChainArrays, *, own_begin: bool = False
     ) -> None:
+        super().__init__(head, buffers, z, arrays)
         device, count = head.device, arrays.mean.shape[1]
         self._transitions = head.chain.length
         self.left_out, self.left_out_modulation = np.zeros(0, np.int64), buffers.modulation[:0]
-        self.z_row = device.zeros((arrays.guidance.size,), np.int64)
         self._step = (buffers.step if own_begin else buffers.fixed_step)[:count]
         self._made: list[tuple[slice, Array]] = []
-        self.calls = buffers.start(head, z, self.z_row, arrays)
         self.calls.append(device.copy(buffers.noise[:count], arrays.normals[:, 1:].swapaxes(0, 1)))
         for made in _slices(count, len(buffers.modulation)):
             steps, modulate = head.modulate(buffers.z, buffers.modulation[: made.stop - made.start])
@@ -170,15 +144,16 @@ class FullChains:
                 self.calls.append(buffers.evaluate(head, call, modulation, self._step[call]))
         self.token = buffers.state[count]
         """`[R, D]`, in one piece"""
-        left = (
-            buffers.state[: count + 1],
-            buffers.mean[:count],
-            *([] if buffers.std is None else [buffers.std[:count]]),
-        )
-        self.calls += [device.copy(to, of.swapaxes(0, 1)) for to, of in zip(arrays.drawn, left, strict=True)]
-        self.inputs = [self._step, *(steps for _, steps in self._made)] if own_begin else []
-        """what `begin_at` fills"""
-        if not own_begin:
+        for left, made_by_call in (
+            (arrays.path, buffers.state),
+            (arrays.mean, buffers.mean),
+            (arrays.std, buffers.std),
+        ):
+            if left is not None and made_by_call is not None:
+                self.calls.append(device.copy(left, made_by_call[: left.shape[1]].swapaxes(0, 1)))
+        if own_begin:
+            self.inputs = [self._step, *(steps for _, steps in self._made)]
+        else:
             self._fill_modulation_steps()
             device.upload(*(steps for _, steps in self._made))()
 
@@ -192,7 +167,7 @@ class FullChains:
             steps.reshape(made.stop - made.start, -1)[:] = self._step[made]
 
 
-class StridedChains:
+class StridedChains(_Chains):
     """R chains, or suffixes of them, that call the head at the steps of `step_mask [n]` and hold x̂₀ in between.
 
     Without `own_begin` all rows begin at the mask's first step, which is the first of all. With it, `begin_at` says
@@ -214,6 +189,7 @@ class StridedChains:
         own_begin: bool = False,
         keep_left_out: bool = False,
     ) -> None:
+        super().__init__(head, buffers, z, arrays)
         device, rows, room = head.device, len(arrays.path), len(buffers.modulation)
         self.left_out = np.flatnonzero(~step_mask)
         """transitions, numbered from the suffix's first, that the mask leaves out"""
@@ -226,16 +202,13 @@ class StridedChains:
         self._place_of_step = np.argsort(made)
 
         assert whole or not own_begin, "more rows than paths_per_call"
+        assert arrays.std is None, "a step that is left out has no learned std"
         calls = len(self._masked) + own_begin
         self.token = buffers.state[calls]
         """`[R, D]`, in one piece"""
         self._window = tuple(device.aligned((calls, rows), np.int64) for _ in range(2))
         self._coefficients = head.constant(head.chain.hold_coefficients[self._first :])
-        self._buffers, self._arrays = buffers, arrays
-        self.z_row = device.zeros((arrays.guidance.size,), np.int64)
-        self.inputs: list[Array] = []
-        """what `begin_at` fills"""
-        self.calls = [*buffers.start(head, z, self.z_row, arrays), device.copy(arrays.path, arrays.normals[:, :1])]
+        self.calls.append(device.copy(arrays.path, arrays.normals[:, :1]))
         for part in _slices(len(made), room):
             steps, modulate = head.modulate(buffers.z, buffers.modulation[: part.stop - part.start])
             steps[:] = np.repeat(self._first + made[part], rows)
@@ -268,8 +241,7 @@ class StridedChains:
     def _call_at_own_begin(self, head: Head) -> None:
         """Each row's first call, on modulation and noise of its own step."""
         device, buffers, normals = head.device, self._buffers, self._arrays.normals
-        rows, dim = buffers.state.shape[1:]
-        modulation = head.device.zeros(buffers.modulation.shape[1:], np.float32, staged=False)
+        (rows, dim), modulation = buffers.state.shape[1:], buffers.own_modulation
         modulation_row, noise_row = (device.zeros((rows,), np.int64) for _ in range(2))
         made = buffers.modulation.reshape(-1, modulation[0].size)
         self.calls += [

@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from specdec_rt.decode.batch import Batch
 from specdec_rt.decode.draft_length import DraftLengthController, RoundRecord
 from specdec_rt.decode.model import Model
-from specdec_rt.decode.session import Session, Speculation
+from specdec_rt.decode.round import Verdict, Verifier
+from specdec_rt.decode.session import Session
 from specdec_rt.decode.stats import Counters
-from specdec_rt.decode.verifier import Verdict, Verifier
 from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.noise import Draws
 from specdec_rt.plan import Plan
@@ -60,8 +60,10 @@ class Decoder:
         self._controller = setup.controller
         self._clock = time.perf_counter if setup.controller is None else setup.controller.clock
         self._counters, self._progress = counters, progress
-        self._chain_length = setup.session.primary_model.head.chain.length
         self.batch = Batch(setup.session, setup.plan, draws, labels, images, len(images) if slots is None else slots)
+        chain_length, mask = setup.session.primary_model.head.chain.length, setup.plan.draft_step_mask
+        self._target_calls, self._draft_calls = chain_length, chain_length if mask is None else int(mask.sum())
+        """sequential head calls of a chain"""
         self._draft_is_behind = False
         """whether the target made tokens alone that the draft has not taken in"""
 
@@ -77,126 +79,112 @@ class Decoder:
     def _decode_batch(self) -> None:
         """Make all tokens of the images that have slots, and of those that take their places."""
         plan, batch = self._plan, self.batch
-        if plan.mode in ("target", "draft"):
-            for _ in range(plan.schedule.steps):
-                self._ar_step(self._session.primary_model)
-            return
-        for _ in range(plan.prefill):
+        for _ in range(plan.schedule.steps if self._verifier is None else plan.prefill):
             self._ar_step(self._session.primary_model)
-        batch.compact()
         self._catch_up(plan.prefill)
         while batch.under_way.any():
             if self._controller is None:
                 self._round(plan.draft_length)
             else:
                 self._controlled_round(self._controller)
-            if not plan.prefill:  # images go through their prefill together
+            if not plan.prefill:  # the images of a batch go through their prefill together, so none may join later
                 batch.backfill()
             batch.compact()
 
     # --- without speculation ----------------------------------------------------------------------------
 
-    def _ar_step(self, model: Model) -> None:
+    def _ar_step(self, model: Model) -> RoundRecord:
         """The next AR step of each image by one model alone."""
-        batch, counters, drafting = self.batch, self._counters, model is self._session.draft
-        under_way = batch.under_way
-        images, positions = int(under_way.sum()), batch.next_positions(1)
-        guidance = self._plan.guidance_at(positions.ar_step)
-        drawn = self._session.draw(model, batch.tokens, positions, batch.normals(positions), guidance)
-        counters.draft_backbone_calls += images if drafting else 0
-        counters.target_backbone_calls += 0 if drafting else images
-        counters.sequential_head_calls += images * self._head_calls(drafting=drafting)
-        batch.store(positions, np.arange(len(positions.position)), drawn.token, drawn.mean[:, -1])
+        batch, counters, started = self.batch, self._counters, self._clock()
+        under_way, rows = batch.under_way, batch.next_rows(1)
+        images = int(under_way.sum())
+        drawn = self._session.draw(model, rows)
+        if model is self._session.draft:
+            counters.draft_backbone_calls += images
+            counters.sequential_head_calls += images * self._draft_calls
+        else:
+            counters.target_backbone_calls += images
+            counters.sequential_head_calls += images * self._target_calls
+        batch.store(rows.positions, np.arange(len(drawn.path)), drawn.token, drawn.mean[:, -1])
         batch.ar_step[under_way] += 1
-        self._progress(len(positions.position))
+        self._progress(len(drawn.path))
+        return RoundRecord(0, self._clock() - started)
 
     def _catch_up(self, ar_steps: int) -> None:
         """Let the draft take in what the target made alone of the first AR steps."""
         batch, self._draft_is_behind = self.batch, False
-        if self._session.draft is None or not batch.under_way.any():
-            return
-        calls = self._session.catch_up(batch.order, self._plan.schedule.known, batch.tokens, ar_steps)
-        self._counters.draft_backbone_calls += calls * int(batch.under_way.sum())
+        if self._session.draft is not None and batch.under_way.any():
+            calls = self._session.catch_up(batch.order, self._plan.schedule.known, batch.tokens, ar_steps)
+            self._counters.draft_backbone_calls += calls * int(batch.under_way.sum())
 
     # --- a round ----------------------------------------------------------------------------------------
 
     def _controlled_round(self, controller: DraftLengthController) -> None:
         """A round of the length that the controller chooses; at length 0 an AR step by the target alone."""
-        batch, steps = self.batch, self._plan.schedule.steps
-        ar_step = batch.ar_step[batch.under_way]
+        batch, ar_step = self.batch, self.batch.ar_step[self.batch.under_way]
         waiting = 0 if self._plan.prefill else batch.waiting
         length = controller.choose(ar_step, len(batch), waiting, draft_is_behind=self._draft_is_behind)
-        started = controller.clock()
+        started = self._clock()
         if length and self._draft_is_behind:
-            # Some images are fed more than they have: it stands past their last token, and is overwritten before it is
-            # read. So few lengths will do where each has to be captured.
-            self._catch_up(self._session.device.bucketed(int(ar_step.max()), steps))
-        caught_up = controller.clock()
-        accepted, rejected, completion = 0, 0, 0.0
+            # Rounded up, so that few lengths are captured. What images are fed past their last token is overwritten
+            # before it is read.
+            self._catch_up(self._session.device.bucketed(int(ar_step.max()), self._plan.schedule.steps))
+        caught_up = self._clock() - started
         if length:
-            accepted, rejected, completion = self._round(length)
+            record = self._round(length)
         else:
-            self._ar_step(self._session.primary_model)
+            record = self._ar_step(self._session.primary_model)
             self._counters.draft_lengths[0] += len(ar_step)
             self._draft_is_behind = self._session.draft is not None
-        seconds = controller.clock() - caught_up - completion
-        controller.observe(RoundRecord(length, seconds, completion, caught_up - started, accepted, rejected))
+        controller.observe(replace(record, catch_up_seconds=caught_up))
 
-    def _round(self, length: int) -> tuple[int, int, float]:
+    def _round(self, length: int) -> RoundRecord:
         """Draft up to `length` AR steps of each image, verify them, commit what stands.
 
         The sets of tokens before the first one with a rejection are kept; that set is committed with its rejected
-        tokens redrawn; what was drafted after it is dropped. Returns how many tokens were accepted and rejected, and
-        the seconds that redrawing took. Dropped tokens are not counted: their noise is used again.
+        tokens redrawn; what was drafted after it is dropped. The record does not count dropped tokens: their noise is
+        used again.
         """
-        plan, batch = self._plan, self.batch
+        batch, started = self.batch, self._clock()
         assert self._verifier is not None
-        left = plan.schedule.steps - batch.ar_step  # [A]
-        positions = batch.next_positions(min(length, int(left.max())))
-        normals, token_noise = batch.normals(positions), batch.noise(positions)
-        guidance = plan.guidance_at(positions.ar_step)
-        speculation = self._session.speculate(batch.tokens, positions, normals, guidance)
-        verdict: Verdict = self._verifier.judge(speculation, normals[:, 1:], token_noise)
+        left = self._plan.schedule.steps - batch.ar_step  # [A]
+        rows = batch.next_rows(min(length, int(left.max())))
+        positions, token_noise = rows.positions, batch.noise(rows.positions)
+        speculation = self._session.speculate(rows)
+        verdict: Verdict = self._verifier.judge(speculation, rows.normals[:, 1:], token_noise)
 
         drafted = np.minimum(positions.length, left)
         kept, taken, rejected = _first_rejections(positions, verdict.accepted, drafted)
         batch.store(positions, taken, speculation.drawn.token[taken], verdict.mean[taken])
-        started, head_calls = self._clock(), 0
+        judged, head_calls = self._clock(), np.zeros(len(batch), np.int64)
         if len(rejected):
-            picked = token_noise.pick(rejected)
-            made = self._verifier.complete(verdict, rejected, guidance[:, rejected], picked)
+            guidance, picked = rows.guidance[:, rejected], token_noise.pick(rejected)
+            made = self._verifier.complete(verdict, rejected, guidance, picked)
             batch.store(positions, rejected, made.token, made.mean)
-            longest = np.zeros(len(batch), np.int64)
-            np.maximum.at(longest, positions.image_index[rejected], made.head_calls)
-            head_calls = int(longest.sum())
-        completion_seconds = self._clock() - started if len(rejected) else 0.0
+            np.maximum.at(head_calls, positions.image_index[rejected], made.head_calls)
+        completion = self._clock() - judged if len(rejected) else 0.0
+        self._counters.sequential_head_calls += int(head_calls.sum())
         accepted = int(taken.sum())
-        self._count(drafted[batch.under_way], speculation, accepted, len(rejected), head_calls)
+        self._count(drafted[batch.under_way], len(taken), accepted, len(rejected))
         batch.ar_step += np.minimum(kept + 1, drafted)
         self._progress(accepted + len(rejected))
-        return accepted, len(rejected), completion_seconds
+        seconds = self._clock() - started - completion
+        return RoundRecord(length, seconds, completion, accepted=accepted, rejected=len(rejected))
 
-    # --- figures ----------------------------------------------------------------------------------------
-
-    def _count(self, steps: IntArray, speculation: Speculation, accepted: int, rejected: int, head_calls: int) -> None:
-        """Count a round of some images that drafted `steps` AR steps each."""
-        counters, paper = self._counters, self._plan.mode == "paper"
+    def _count(self, steps: IntArray, drafted: int, accepted: int, rejected: int) -> None:
+        """Count a round of some images that drafted `steps` AR steps each, `drafted` tokens in all."""
+        counters, ar_steps = self._counters, int(steps.sum())
         counters.rounds += len(steps)
         counters.draft_lengths.update(steps.tolist())
         counters.committed += accepted + rejected
-        counters.drafted += len(speculation.drawn.path)
+        counters.drafted += drafted
         counters.accepted += accepted
         counters.rejected += rejected
         counters.target_backbone_calls += len(steps)
-        counters.draft_backbone_calls += 0 if self._session.draft is None else int(steps.sum())
-        counters.sequential_head_calls += int(steps.sum()) * self._head_calls(drafting=True) + head_calls
-        # In `paper` mode the target runs the chains of all rows side by side.
-        counters.sequential_head_calls += len(steps) * self._chain_length if paper else 0
-
-    def _head_calls(self, *, drafting: bool) -> int:
-        """Sequential calls that a chain takes."""
-        step_mask = self._plan.draft_step_mask if drafting else None
-        return self._chain_length if step_mask is None else int(step_mask.sum())
+        counters.draft_backbone_calls += ar_steps if self._session.draft is not None else 0
+        counters.sequential_head_calls += ar_steps * self._draft_calls
+        if self._plan.mode == "paper":  # the target runs the chains of all rows side by side
+            counters.sequential_head_calls += len(steps) * self._target_calls
 
 
 def _first_rejections(

@@ -1,26 +1,27 @@
 """Choosing the draft length of each round from what earlier rounds cost and how many tokens were accepted.
 
-The policy, for rounds that have about as many slots and about as large sets of tokens (a `CostBucket`):
+The policy, kept apart for each `CostBucket` (rounds with about as many slots and about as large sets of tokens):
 
-1. Measure the target alone (length 0) first. The first round of any length does not count: buffers are made in it.
-2. A round of length γ costs its usual seconds, and those of a completion if some token is rejected.
-3. It commits `1 + p₁ + p₁p₂ + …` AR steps of an image, where `pₖ`, the probability that the whole k-th drafted set is
-   accepted, is the acceptance rate to the power of the set's size. Where no image waits to take a free slot, the
-   slowest image decides when the batch ends, so the steps are those that it will have made.
-4. Take the length with the least seconds per AR step. One that drafts has to beat the target alone by a margin.
-5. A length not tried yet is taken to cost what the shorter ones suggest. If that would make it the best, try the
-   shortest of the untried lengths. Try the others again now and then, for a small share of the time.
+1. Measure the target alone (length 0) first. The first round of any length is not counted: buffers are made in it.
+2. A round of length γ takes its usual seconds, and those of a completion if any image has a token rejected.
+3. It commits `1 + p + … + p^(γ-1)` AR steps of an image. Here `p`, the probability that a whole set is accepted, is
+   the acceptance rate to the power of the set's size.
+4. Images advance unevenly, and the slowest decides when a batch ends: with several images, take that much off.
+5. Use the length with the fewest seconds per AR step. A draft has to beat the target alone by a margin.
+6. Lengths double from one to the next. What a length not tried yet takes at least is read off the shorter ones. If
+   one might be the best even so, try the shortest of those. Try the others again now and then, in a small share of
+   the time.
 
-Why it sees so little: in `exact` mode a changing draft length keeps the target's distribution as long as it is chosen
-from the past, that is from clock times and from verdicts on final tokens. The noise of tokens still to be made must
-have no say. A dropped draft's verdict belongs to that noise, which is used again: if it made the target take over,
-some tokens would be favoured. What the choice does change is the image that a seed draws, since a token that the target
-makes alone uses its noise for another chain than a drafted one.
+Why the controller sees so little: in `exact` mode a changing draft length keeps the target's distribution as long as
+it depends on the past alone, on clock times and on verdicts on final tokens. The noise of tokens still to come must
+have no say, nor may verdicts on dropped drafts, whose noise is used again: if they made the target take over, some
+tokens would be favoured. What the choice does change is which image a seed gives: a token made by the target alone
+uses its noise for the target's chain, a drafted one for the draft's.
 """
 
 import math
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -29,19 +30,17 @@ from specdec_rt.types import IntArray
 __all__ = ["DraftLengthController", "RoundRecord", "lower_quartile"]
 
 FIRST_TARGET_ROUNDS = 32
-"""AR steps by the target alone that come before all else, up to a third of an image: a new process is slow at first."""
+"""AR steps by the target alone before all else, for a third of an image at most: a new process is slow at first."""
 TRIES = 2
-"""Rounds that make a length's cost known, after the first, which does not count."""
+"""Rounds after which the cost of a length is known; one more comes before them, which is not counted."""
 ROUND_WINDOW, COMPLETION_WINDOW = 9, 32
-"""How many of the last rounds of a length, and of the last completions, an estimate is made from."""
-PRIOR_ACCEPTED, PRIOR_JUDGED = 1.0, 1.0
-"""What the acceptance rate starts from."""
+"""How many rounds of a length, and how many completions, are remembered."""
 HALF_LIFE = 512
 """Judged tokens after which a verdict counts half."""
 MARGIN = 1.05
-"""How much faster than the target alone drafting has to look: estimates err, and the best of several looks too good."""
+"""How much faster than the target alone a draft has to look: estimates err, and the best of several looks too good."""
 RETRY_SHARE, TARGET_RETRY_SHARE = 0.005, 0.02
-"""Share of the time that trying a length again may take; and the target alone, which all others are compared with."""
+"""Share of the time for trying a length again; and the target alone, with which all others are compared."""
 
 
 @dataclass(frozen=True)
@@ -52,84 +51,81 @@ class RoundRecord:
     """0: an AR step by the target alone"""
     seconds: float
     """without catching up and without completion"""
-    completion_seconds: float
+    completion_seconds: float = 0.0
     """redrawing rejected tokens; 0 where none was rejected"""
-    catch_up_seconds: float
+    catch_up_seconds: float = 0.0
     """the draft taking in tokens that the target made alone; 0 where there were none"""
-    accepted: int
-    """judged tokens; drafts that were dropped unjudged are neither accepted nor rejected"""
-    rejected: int
+    accepted: int = 0
+    """judged tokens that were accepted; drafts that were dropped unjudged do not count"""
+    rejected: int = 0
 
 
 def lower_quartile(seconds: Sequence[float]) -> float:
-    """What a round takes when nothing disturbs it: it is always the same work, and other processes only add to it."""
+    """What a round takes undisturbed: it is always the same work, and other processes can only make it longer."""
     return sorted(seconds)[(len(seconds) - 1) // 4]
 
 
 @dataclass
 class CostBucket:
-    """Costs of rounds with about as many slots and about as large sets, all in seconds per slot."""
+    """What rounds cost that have about as many slots and about as large sets of tokens, in seconds per slot."""
 
-    rounds: Counter[int] = field(default_factory=Counter)
-    """how many there were of each length"""
-    seconds: defaultdict[int, deque[float]] = field(
-        default_factory=lambda: defaultdict(lambda: deque(maxlen=ROUND_WINDOW))
-    )
-    """of the last rounds of each length"""
+    begun: set[int] = field(default_factory=set)
+    """lengths whose first round, which is not counted, is over"""
+    round_seconds: dict[int, deque[float]] = field(default_factory=dict)
+    """of the last rounds of each length, without completions"""
     completion_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=COMPLETION_WINDOW))
     catch_up_seconds: float = 0.0
-    """the last time the draft took in what the target had made alone"""
+    """of the last time that the draft had to catch up"""
     total_seconds: float = 0.0
     retry_at: dict[int, float] = field(default_factory=dict)
-    """`total_seconds` from which on each length may be tried again"""
+    """the `total_seconds` from which each length may be tried again"""
 
     def add(self, record: RoundRecord, slots: int) -> None:
-        """Take in a round of so many slots."""
+        """Take in what a round of so many slots cost."""
         length = record.draft_length
-        self.rounds[length] += 1
-        if self.rounds[length] == 1:  # buffers were made in it
+        if length not in self.begun:
+            self.begun.add(length)
             return
         elapsed = (record.seconds + record.completion_seconds + record.catch_up_seconds) / slots
         self.total_seconds += elapsed
         self.retry_at[length] = self.total_seconds + elapsed / (RETRY_SHARE if length else TARGET_RETRY_SHARE)
-        self.seconds[length].append(record.seconds / slots)
+        self.round_seconds.setdefault(length, deque(maxlen=ROUND_WINDOW)).append(record.seconds / slots)
         if record.completion_seconds:
             self.completion_seconds.append(record.completion_seconds / slots)
         if record.catch_up_seconds:
             self.catch_up_seconds = record.catch_up_seconds / slots
 
     def knows(self, length: int) -> bool:
-        """Whether a length was tried often enough to tell its cost."""
-        return self.rounds[length] > TRIES
+        """Whether a length was tried often enough to tell what it costs."""
+        return len(self.round_seconds.get(length, ())) >= TRIES
 
-    def completion(self, target_seconds: float) -> float:
-        """The mean of completions; where none was seen, an AR step by the target.
+    def mean_completion(self, target_seconds: float) -> float:
+        """The seconds of a completion, or those of an AR step by the target where none was seen.
 
-        Hardly any takes longer than that. If one did, a buffer was made, or another process had the machine.
+        A completion is hardly more than such a step. If it took longer, buffers were made, or something disturbed it.
         """
         seen = self.completion_seconds or [target_seconds]
         return sum(min(each, target_seconds) for each in seen) / len(seen)
 
 
 @dataclass(frozen=True)
-class Outset:
-    """Where the images of a batch stand when a length is chosen."""
+class BatchProgress:
+    """How far a batch is when a length is chosen for it."""
 
     images: int
     """under way"""
-    steps_left: int
-    """AR steps that they have left, on average"""
-    work_left: float
-    end_together: bool
-    """whether free slots stay empty until the slowest image is done"""
+    steps_left: float
+    """AR steps per image under way, those of waiting images included"""
+    set_acceptance: float
+    """the probability that all tokens of a drafted set are accepted"""
     draft_is_behind: bool
 
 
 class DraftLengthController:
-    """Chooses among 0 (the target alone), 1, 2, 4, … up to `longest`; one controller serves many requests.
+    """Chooses among 0 (the target alone), 1, 2, 4, … up to `longest`, and keeps what it learns for later batches.
 
-    `known [S + 1]` are the tokens known before each AR step, and at the end. `clock` gives seconds. For tests:
-    `estimate` makes one figure of the last times of a length, and a choice stands for `hold_rounds` more rounds.
+    `known [T + 1]` are the tokens known before each AR step and at the end; `clock` gives seconds. Two settings are
+    for tests: `estimate` turns the last times of a length into one, and a choice stands for `hold_rounds` more rounds.
     """
 
     def __init__(
@@ -143,23 +139,21 @@ class DraftLengthController:
     ) -> None:
         self.lengths = (0, *(1 << power for power in range(longest.bit_length())))
         self.clock = clock
-        self._set_sizes: list[int] = (known[1:] - known[:-1]).tolist()
         self._estimate = estimate
         self._hold_rounds, self._held = hold_rounds, 0
-        self._accepted, self._judged = PRIOR_ACCEPTED, PRIOR_JUDGED
+        self._set_sizes: list[int] = (known[1:] - known[:-1]).tolist()
         self._target_rounds_due = min(FIRST_TARGET_ROUNDS, len(self._set_sizes) // 3)
+        self._accepted, self._judged = 1.0, 1.0  # hopeful, as what is never tried can show no better rate
         self._buckets: defaultdict[tuple[int, int], CostBucket] = defaultdict(CostBucket)
         self._bucket = CostBucket()
-        self._batch_slots, self._slots = 1, 1
-        self._length = 0
+        self._batch_slots, self._slots, self._length = 1, 1, 0
 
     def begin_batch(self, slots: int) -> None:
-        """Images begin in so many slots. Once fewer are left, costs are not recorded any more, and nothing is tried."""
-        self._batch_slots = slots
-        self._held = 0
+        """Images begin in so many slots. Later, when there are fewer, nothing is tried and no cost is recorded."""
+        self._batch_slots, self._held = slots, 0
 
     def choose(self, ar_step: IntArray, slots: int, waiting: int, *, draft_is_behind: bool) -> int:
-        """The draft length of the next round, of which `observe` must be told.
+        """The draft length of the next round, whose record `observe` must then be given.
 
         `ar_step [A]` are the next AR steps of the images under way, in `slots` slots; `waiting` images have not begun.
         """
@@ -170,20 +164,15 @@ class DraftLengthController:
         self._slots = slots
         if self._held and bucket is self._bucket and self._length <= most_left:
             self._held -= 1
-            return self._length
-        self._bucket = bucket
-        batch = Outset(
-            images,
-            steps - mean_step,
-            steps - mean_step + waiting / images * steps,
-            images > 1 and not waiting,
-            draft_is_behind,
-        )
-        self._length = self._decide(batch, [length for length in self.lengths if length <= most_left])
+        else:
+            self._bucket = bucket
+            steps_left = steps - mean_step + waiting / images * steps
+            progress = BatchProgress(images, steps_left, self._set_acceptance(mean_step, images), draft_is_behind)
+            self._length = self._decide([length for length in self.lengths if length <= most_left], progress)
         return self._length
 
     def observe(self, record: RoundRecord) -> None:
-        """Learn from the round that the last choice was for."""
+        """Learn from the round that was chosen last."""
         judged = record.accepted + record.rejected
         kept = 0.5 ** (judged / HALF_LIFE)
         self._accepted = self._accepted * kept + record.accepted
@@ -191,69 +180,57 @@ class DraftLengthController:
         if self._slots == self._batch_slots:
             self._bucket.add(record, self._slots)
 
-    def _decide(self, batch: Outset, lengths: list[int]) -> int:
-        """The best of these lengths, or one to be tried."""
-        bucket, may_try = self._bucket, self._slots == self._batch_slots
+    def _set_acceptance(self, step: int, images: int) -> float:
+        coming = self._set_sizes[step:]
+        # One image keeps what it gains now. Of several, the slowest counts: what the others gain on it while sets are
+        # small is lost if the target has to go on alone once sets are larger.
+        size = coming[0] if images == 1 else sum(coming) / len(coming)
+        return float((self._accepted / self._judged) ** size)
+
+    def _decide(self, lengths: list[int], progress: BatchProgress) -> int:
+        """The best of some lengths, or one to be tried."""
+        bucket = self._bucket
         self._held = 0
         if self._target_rounds_due or not bucket.knows(0):
             self._target_rounds_due = max(self._target_rounds_due - 1, 0)
             return 0
-        if not may_try:
-            lengths = [length for length in lengths if bucket.knows(length)]
-        costs = self._round_seconds(lengths)
-        forecast = {length: self._seconds_per_step(length, costs, batch) for length in lengths}
-        best = min(lengths, key=forecast.__getitem__)
-        if not bucket.knows(best):
-            return next(length for length in lengths if not bucket.knows(length))
-        for length, time in bucket.retry_at.items():
-            if may_try and length in lengths and length != best and time <= bucket.total_seconds:
+        may_try = self._slots == self._batch_slots
+        known = [length for length in lengths if bucket.knows(length)]
+        forecast = self._forecast(lengths if may_try else known, progress)
+        best = min(forecast, key=forecast.__getitem__)
+        if best not in known:
+            return min(set(lengths) - set(known))
+        for length in known:
+            if may_try and length != best and bucket.retry_at[length] <= bucket.total_seconds:
                 return length
         self._held = self._hold_rounds
         return best
 
-    def _round_seconds(self, lengths: list[int]) -> dict[int, float]:
-        """What a round of each length takes, without completion; if it was not tried yet, what it takes at least."""
-        found: dict[int, float] = {}
+    def _forecast(self, lengths: list[int], progress: BatchProgress) -> dict[int, float]:
+        """Seconds per AR step at each length; at least so many where a length was not tried yet."""
+        bucket, seconds = self._bucket, dict[int, float]()
         for length in lengths:
-            if self._bucket.knows(length):
-                found[length] = self._estimate(self._bucket.seconds[length])
-            else:
-                # Lengths double: on a straight line, the next one lies twice as far away as the last two are apart.
-                half = found[length // 2] if length > 1 else 0.0
-                quarter = found[length // 4] if length > 3 else half
-                found[length] = half + 2 * max(half - quarter, 0.0)
-        return found
-
-    def _seconds_per_step(self, length: int, costs: dict[int, float], batch: Outset) -> float:
-        """What an AR step takes if rounds of this length go on to the end; of a draft, with the margin."""
-        if not length:
-            return costs[0]
-        mean, variance, none_rejected = _steps_per_round(self._set_acceptance(length, batch))
-        seconds = costs[length] + self._bucket.completion(costs[0]) * (1 - none_rejected**batch.images)
-        slowest = 1.0
-        if batch.images > 1:
-            # Rounds to the end are about normal; the largest of n normal numbers lies near √(2 ln n) deviations up.
-            slowest += math.sqrt(2 * math.log(batch.images) * variance / (mean * batch.work_left))
-        catch_up = self._bucket.catch_up_seconds if batch.draft_is_behind else 0.0
-        return MARGIN * (seconds / mean * slowest + catch_up / batch.steps_left)
-
-    def _set_acceptance(self, length: int, batch: Outset) -> list[float]:
-        """Probabilities that each of the next `length` sets of an image is accepted whole."""
-        rate, coming = self._accepted / self._judged, self._set_sizes[-batch.steps_left :]
-        if batch.end_together:
-            # What images gain on the slowest one is lost if the target goes on alone where sets are larger.
-            return [rate ** max(coming)] * length
-        return [rate ** coming[min(ahead, len(coming) - 1)] for ahead in range(length)]
+            if bucket.knows(length):
+                seconds[length] = self._estimate(bucket.round_seconds[length])
+            else:  # on a straight line, the next length is twice as far from the last one as that from the one before
+                half = seconds[length // 2] if length > 1 else 0.0
+                quarter = seconds[length // 4] if length > 3 else half
+                seconds[length] = half + 2 * max(half - quarter, 0.0)
+        completion = bucket.mean_completion(seconds[0])
+        catch_up = bucket.catch_up_seconds / progress.steps_left if progress.draft_is_behind else 0.0
+        return {
+            length: MARGIN * (_seconds_per_step(length, each, completion, progress) + catch_up) if length else each
+            for length, each in seconds.items()
+        }
 
 
-def _steps_per_round(set_acceptance: list[float]) -> tuple[float, float, float]:
-    """Mean and variance of the AR steps that a round commits of an image, and the probability that it rejects none.
-
-    A set is committed if all before it were accepted: its own rejected tokens are redrawn.
-    """
-    reached, mean, square = 1.0, 0.0, 0.0
-    for before, acceptance in enumerate(set_acceptance):
-        mean += reached
-        square += (2 * before + 1) * reached
-        reached *= acceptance
-    return mean, max(square - mean**2, 0.0), reached
+def _seconds_per_step(length: int, round_seconds: float, completion: float, progress: BatchProgress) -> float:
+    """What an AR step of the slowest image takes if rounds of this length go on to the end."""
+    acceptance, images = progress.set_acceptance, progress.images
+    reached = [acceptance**before for before in range(length)]  # probabilities that a round commits 1, 2, … AR steps
+    mean = sum(reached)
+    variance = sum((2 * before + 1) * each for before, each in enumerate(reached)) - mean**2
+    # How long an image takes is about normal; of n normal numbers, the largest lies near √(2 ln n) deviations up.
+    spread = math.sqrt(2 * math.log(images) * max(variance, 0.0) / (mean * progress.steps_left))
+    any_rejected = 1 - acceptance ** (length * images)
+    return (round_seconds + any_rejected * completion) / mean * (1 + spread)

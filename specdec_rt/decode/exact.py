@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from specdec_rt.acceptance import block_verify
-from specdec_rt.decode.session import ChainSuffixes, Session, Speculation
-from specdec_rt.decode.verifier import Completion, Verdict
+from specdec_rt.decode.round import ChainSuffixes, Completion, Speculation, Verdict
+from specdec_rt.decode.session import Session
 from specdec_rt.noise import TokenNoise
 from specdec_rt.plan import Plan
 from specdec_rt.residual import draw_block_residual
@@ -25,7 +25,7 @@ class ExactVerdict(Verdict):
     accepted_steps: IntArray
     """`[R]`, n where the whole path is accepted"""
     log_weight: FloatArray
-    """`[R]` running log weight w at that transition"""
+    """`[R]` running log weight w after `accepted_steps` transitions"""
     speculation: Speculation
 
 
@@ -59,44 +59,40 @@ class ExactVerifier:
     ) -> Completion:
         """Tokens of the target's own for the rejected `rows [J]`; `guidance [G, J]`, `token_noise` of J rows."""
         n, count = self._chain.length, len(rows)
-        done = Completion.empty(count, self._token_dim)
-        left = ChainSuffixes(
-            rows, guidance, done.token, np.full(count, n), np.empty((count, n, self._token_dim), np.float32)
-        )
-        rejected, judged, attempt = np.arange(count), rows, 0  # which of the J, and their rows in the verdict
+        token, mean = np.empty((2, count, self._token_dim), np.float32)
+        done = Completion(token, mean, np.zeros(count, np.int64))
+        # What is left of each chain. It goes on from `token`: a residual draw sets both.
+        begin, noise = np.full(count, n), np.empty((count, n, self._token_dim), np.float32)
+        left = ChainSuffixes(rows, guidance, token, begin, noise)
+        rejected, verdict_rows, attempt = np.arange(count), rows, 0  # which of the J, and their rows in the verdict
         while len(rejected):
-            noise = token_noise.pick(rejected)
-            done.token[rejected], done.mean[rejected] = self._draw_residual(verdict, judged, noise, attempt)
-            left.begin[rejected] = verdict.accepted_steps[judged] + 1
-            left.noise[rejected] = noise.completion(n, self._token_dim, attempt)
-            resumed = rejected[n - left.begin[rejected] >= self._min_resume_steps]
+            token_noise_left = token_noise.pick(rejected)
+            token[rejected], mean[rejected] = self._draw_residual(verdict, verdict_rows, token_noise_left, attempt)
+            begin[rejected] = verdict.accepted_steps[verdict_rows] + 1
+            noise[rejected] = token_noise_left.completion(n, self._token_dim, attempt)
+            resumed = rejected[n - begin[rejected] >= self._min_resume_steps]
             if not len(resumed):
                 break
             attempt += 1
             suffixes = left.pick(resumed)
             speculation, calls = self._session.resume(suffixes)
             verdict = self.judge(speculation, suffixes.noise, token_noise.pick(resumed), attempt)
-            done.token[resumed], done.mean[resumed], left.begin[resumed] = speculation.drawn.token, verdict.mean, n
+            token[resumed], mean[resumed], begin[resumed] = speculation.drawn.token, verdict.mean, n
             done.head_calls[resumed] += calls
-            judged = np.flatnonzero(~verdict.accepted)
-            rejected = resumed[judged]
-        unfinished = np.flatnonzero(left.begin < n)
+            verdict_rows = np.flatnonzero(~verdict.accepted)
+            rejected = resumed[verdict_rows]
+        unfinished = np.flatnonzero(begin < n)
         if len(unfinished):
-            done.token[unfinished], done.mean[unfinished] = self._session.finish(left.pick(unfinished))
-            done.head_calls[unfinished] += n - left.begin[unfinished]
+            token[unfinished], mean[unfinished] = self._session.finish(left.pick(unfinished))
+            done.head_calls[unfinished] += n - begin[unfinished]
         return done
 
     def _draw_residual(
-        self, verdict: ExactVerdict, rows: IntArray, noise: TokenNoise, attempt: int
+        self, verdict: ExactVerdict, rows: IntArray, token_noise: TokenNoise, attempt: int
     ) -> tuple[FloatArray, FloatArray]:
         """The states `[J, D]` after the accepted prefixes of `rows [J]`, and the target's means around them."""
-        step = verdict.accepted_steps[rows]
-        target_mean = verdict.speculation.target.mean[rows, step]
-        state = draw_block_residual(
-            verdict.speculation.drawn.mean[rows, step],
-            target_mean,
-            self._chain.std[step],
-            verdict.log_weight[rows],
-            *noise.residual(self._token_dim, attempt),
-        )
-        return state, target_mean
+        step, speculation = verdict.accepted_steps[rows], verdict.speculation
+        q_mean, p_mean = speculation.drawn.mean[rows, step], speculation.target.mean[rows, step]
+        residual_draws = token_noise.residual(self._token_dim, attempt)
+        log_weight = verdict.log_weight[rows]
+        return draw_block_residual(q_mean, p_mean, self._chain.std[step], log_weight, *residual_draws), p_mean

@@ -43,32 +43,28 @@ class Trajectory:
         return self.path[:, -1]
 
 
+@dataclass(eq=False)
 class Head:
-    """One model's head, and the chain it runs; `time_table [n, W]` holds the time embedding of the chain's steps."""
+    """One model's head, and the chain it runs."""
 
-    def __init__(
-        self,
-        device: Device,
-        engines: HeadEngines,
-        time_table: FloatArray,
-        chain: Chain,
-        *,
-        token_dim: int,
-        z_dim: int,
-        modulation_width: int,
-        capacity: Capacity | None = None,
-    ) -> None:
-        self.device = device
-        self.engines = engines
-        self.chain = chain
-        self.token_dim = token_dim
-        self.z_dim = z_dim
-        self.modulation_width = modulation_width
-        self.capacity = capacity or Capacity()
-        self.learned_std = chain.spec.variance == "learned"
-        self.time_table = self.constant(time_table.astype(np.float32))
-        self.coefficients = self.constant(chain.coefficients.astype(np.float32))
-        self._modulation_buffer = np.zeros(0, np.float32)
+    device: Device
+    engines: HeadEngines
+    time_table: FloatArray
+    """`[n, W]` the time embedding of the chain's steps; on the device once the head is made, like `coefficients`"""
+    chain: Chain
+    token_dim: int
+    """D"""
+    z_dim: int
+    """Z"""
+    modulation_width: int
+    """M"""
+    capacity: Capacity = Capacity()
+
+    def __post_init__(self) -> None:
+        self.learned_std = self.chain.spec.variance == "learned"
+        self.time_table = self.constant(self.time_table.astype(np.float32))
+        self.coefficients = self.constant(self.chain.coefficients.astype(np.float32))
+        self._modulation_buffer: Array = np.zeros(0, np.float32)
 
     # --- eager ------------------------------------------------------------------------------------------
 
@@ -88,7 +84,8 @@ class Head:
         Where `step_mask [n]` is False (default: nowhere) the head is not called: its last prediction x̂₀ is held; a
         row's first transition is always evaluated. Raises BackendError where an engine's output is not finite.
         """
-        rows, n, hold = len(normals), self.chain.length, self.chain.hold_coefficients
+        rows, n = len(normals), self.chain.length
+        hold = self.chain.hold_coefficients  # columns p, q, std, u, v
         begin = np.zeros(rows, np.int64) if begin is None else begin
         step_mask = np.ones(n, np.bool_) if step_mask is None else step_mask
         path = np.repeat(normals[:, :1], n + 1, axis=1).astype(np.float32)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from specdec_rt.acceptance import paper_log_acceptance
-from specdec_rt.decode.head import Trajectory
-from specdec_rt.decode.session import Session, Speculation
-from specdec_rt.decode.verifier import Completion, Verdict
+from specdec_rt.decode.round import Completion, Speculation, Verdict
+from specdec_rt.decode.session import Session
 from specdec_rt.noise import TokenNoise
 from specdec_rt.plan import Plan
 from specdec_rt.residual import draw_paper_residual
@@ -39,46 +38,33 @@ class PaperVerifier:
         self._std = np.asarray(session.primary_model.head.chain.final_density_std)
         self._tau = plan.tau
 
-    def judge(self, speculation: Speculation, noise: FloatArray, token_noise: TokenNoise) -> PaperVerdict:  # noqa: ARG002  # the criterion reads tokens alone
+    def judge(self, speculation: Speculation, _noise: FloatArray, token_noise: TokenNoise) -> PaperVerdict:
         """Compare the densities of the last transition.
 
         It has one std in draft and target, so the paper's Σ over all transitions is Σ' here.
         """
-        drawn, target = speculation.drawn, speculation.target
-        log_std_ratio = _log_std_ratio(drawn, target)
-        log_acceptance = paper_log_acceptance(
-            drawn.token, drawn.mean[:, -1], self._std, target.mean[:, -1], self._std, log_std_ratio, self._tau
-        )
+        drawn, std = speculation.drawn, self._std
+        q_mean, p_mean, log_std_ratio = drawn.mean[:, -1], speculation.target.mean[:, -1], _log_std_ratio(speculation)
+        log_acceptance = paper_log_acceptance(drawn.token, q_mean, std, p_mean, std, log_std_ratio, self._tau)
         accepted = np.log(token_noise.acceptance(1)[:, 0]) < log_acceptance
-        return PaperVerdict(accepted, drawn.mean[:, -1], log_std_ratio, speculation)
+        # As published, an accepted token is the draft's in all: it shows the draft's mean.
+        return PaperVerdict(accepted, q_mean, log_std_ratio, speculation)
 
     def complete(
-        self,
-        verdict: PaperVerdict,
-        rows: IntArray,
-        guidance: FloatArray,  # noqa: ARG002  # no engine is asked
-        token_noise: TokenNoise,
+        self, verdict: PaperVerdict, rows: IntArray, _guidance: FloatArray, token_noise: TokenNoise
     ) -> Completion:
         """Draw the last transition again. Where no try passes, the target's own token on the shared noise stands."""
-        drawn, target = verdict.speculation.drawn, verdict.speculation.target
-        mean = target.mean[rows, -1]
-        normal, uniform = token_noise.residual_tries(RESIDUAL_TRIES, mean.shape[1])
-        token, _ = draw_paper_residual(
-            drawn.mean[rows, -1],
-            self._std,
-            mean,
-            self._std,
-            verdict.log_std_ratio[rows],
-            normal,
-            uniform,
-            target.token[rows],
-        )
-        return Completion(token.astype(np.float32), mean, np.zeros(len(rows), np.int64))
+        target, std, log_std_ratio = verdict.speculation.target, self._std, verdict.log_std_ratio[rows]
+        q_mean, p_mean = verdict.speculation.drawn.mean[rows, -1], target.mean[rows, -1]
+        tries = token_noise.residual_tries(RESIDUAL_TRIES, p_mean.shape[1])
+        token, _ = draw_paper_residual(q_mean, std, p_mean, std, log_std_ratio, *tries, target.token[rows])
+        return Completion(token.astype(np.float32), p_mean, np.zeros(len(rows), np.int64))
 
 
-def _log_std_ratio(drawn: Trajectory, target: Trajectory) -> FloatArray:
-    """`[R]` log Σ'; 0 where both share the chain's fixed variances."""
-    if drawn.std is None or target.std is None:
-        return np.zeros(len(drawn.path))
-    ratio = np.log(drawn.std[:, :-1], dtype=np.float64) - np.log(target.std[:, :-1], dtype=np.float64)
+def _log_std_ratio(speculation: Speculation) -> FloatArray:
+    """`[R]` log Σ'; 0 where draft and target share the chain's fixed variances."""
+    q_std, p_std = speculation.drawn.std, speculation.target.std
+    if q_std is None or p_std is None:
+        return np.zeros(len(speculation.drawn.path))
+    ratio = np.log(q_std[:, :-1], dtype=np.float64) - np.log(p_std[:, :-1], dtype=np.float64)
     return np.asarray(ratio.sum(axis=(1, 2)))

@@ -7,10 +7,10 @@ from specdec_rt.decode.chain_plan import ChainArrays, FullChains, StridedChains
 from specdec_rt.decode.head import Head
 from specdec_rt.types import Array
 
-__all__ = ["judge_own_paths", "judge_paths"]
+__all__ = ["evaluate_left_out", "evaluate_paths"]
 
 
-def judge_paths(head: Head, z: Array, arrays: ChainArrays) -> tuple[list[tuple[slice, Array]], list[BoundCall]]:
+def evaluate_paths(head: Head, z: Array, arrays: ChainArrays) -> tuple[list[tuple[slice, Array]], list[BoundCall]]:
     """What fills `arrays.mean [R, n, D]` with a head's means along `arrays.path`, so many rows at a time as fit.
 
     First come the rows of each part, and `[G r]`: which rows of `z [conditions, Z]` are their conditions.
@@ -19,13 +19,13 @@ def judge_paths(head: Head, z: Array, arrays: ChainArrays) -> tuple[list[tuple[s
     size -= size % next(unit for unit in (64, 16, 4, 1) if unit <= size)  # each part begins aligned
     for first in range(0, len(arrays.path), size):
         part = slice(first, min(first + size, len(arrays.path)))
-        z_row, of_part = _judge_part(head, z, arrays.pick(part))
+        z_row, of_part = _evaluate_part(head, z, arrays.pick(part))
         z_rows.append((part, z_row))
         calls += of_part
     return z_rows, calls
 
 
-def _judge_part(head: Head, z: Array, arrays: ChainArrays) -> tuple[Array, list[BoundCall]]:
+def _evaluate_part(head: Head, z: Array, arrays: ChainArrays) -> tuple[Array, list[BoundCall]]:
     device, (branches, rows), n = head.device, arrays.guidance.shape, head.chain.length
     conditions = device.zeros((branches, rows, head.z_dim), np.float32)
     z_row = device.zeros((branches * rows,), np.int64)
@@ -38,7 +38,7 @@ def _judge_part(head: Head, z: Array, arrays: ChainArrays) -> tuple[Array, list[
     return z_row, [gather, modulate, *means]
 
 
-def judge_own_paths(
+def evaluate_left_out(
     head: Head, chains: FullChains | StridedChains, arrays: ChainArrays, mean: Array
 ) -> list[BoundCall]:
     """What fills `mean [R, n, D]` where the head itself drew the paths, as a draft on a subset of its steps.

@@ -1,4 +1,6 @@
-"""Exact speculative decoding of one image on one page: what all of `decode/` does, but batched and recorded.
+"""Exact speculative decoding of one image, on one page. All else in `decode/` does the same, batched and recorded.
+
+It is mode `exact` with a fixed draft length, for every family and every kind of draft.
 
 Prior art: block verification (Sun et al., arXiv 2403.10444), speculative sampling of diffusion chains (De Bortoli et
 al., arXiv 2501.05370), block verification along them (Soen et al., arXiv 2606.13426). docs/algorithm.md derives it.
@@ -24,7 +26,7 @@ def decode_exact(target: Model, draft: Model, plan: Plan, draws: Draws, image: i
     n, dim, known = target.head.chain.length, target.head.token_dim, plan.schedule.known
     order = draw_order(plan, draws, np.array([image]))
     tokens = np.zeros((1, plan.tokens, dim), np.float32)  # what is fed back: the chains' last states
-    shown = np.zeros_like(tokens)  # the means around which those were drawn
+    shown = np.zeros_like(tokens)  # the same, or the means around which those were drawn (`plan.emit_mean`)
     for model in (target, draft):
         model.backbone.begin(np.array([label]))
     ar_step = 0
@@ -34,19 +36,19 @@ def decode_exact(target: Model, draft: Model, plan: Plan, draws: Draws, image: i
         drafted, sets = tokens.copy(), []
         for offset in range(length):
             positions = PositionBatch.of(order, known, np.array([ar_step + offset]), 1)
-            noise = TokenNoise(draws, np.full(len(positions.position), image), positions.position)
-            normals, guidance = noise.chain(n, dim), plan.guidance_at(positions.ar_step)
+            token_noise = TokenNoise(draws, np.full(len(positions.position), image), positions.position)
+            normals, guidance = token_noise.chain(n, dim), plan.guidance_at(positions.ar_step)
             z = draft.backbone.condition(drafted, positions)
             drawn = draft.head.sample(z, guidance, normals, step_mask=plan.draft_step_mask)
             drafted[0, positions.position] = drawn.token
-            sets.append((positions.position, noise, normals, guidance, drawn))
+            sets.append((positions.position, token_noise, normals, guidance, drawn))
         # 2. The target's backbone sees all drafted tokens in one call.
         z = target.backbone.condition(drafted, PositionBatch.of(order, known, np.array([ar_step]), length))
         # 3. Keep set after set. In the first one with a rejection redraw the rejected tokens, and drop what follows.
-        for position, noise, normals, guidance, drawn in sets:
+        for position, token_noise, normals, guidance, drawn in sets:
             z_set, z = z[:, : len(position)], z[:, len(position) :]
-            token, mean, accepted = verify(target.head, z_set, guidance, drawn, normals, noise, plan)
-            tokens[0, position], shown[0, position] = token, mean if plan.emit_mean else token
+            token, mean, accepted = verify(target.head, z_set, guidance, drawn, normals, token_noise, plan)
+            tokens[0, position], shown[0, position] = token, (mean if plan.emit_mean else token)
             ar_step += 1
             if not accepted.all():
                 break
@@ -59,7 +61,7 @@ def verify(
     guidance: FloatArray,
     drawn: Trajectory,
     normals: FloatArray,
-    noise: TokenNoise,
+    token_noise: TokenNoise,
     plan: Plan | None = None,
     *,
     begin: IntArray | None = None,
@@ -73,22 +75,23 @@ def verify(
     n, std = target.chain.length, target.chain.std
     begin = np.zeros(len(normals), np.int64) if begin is None else begin
     target_mean = target.means(drawn.path, z, guidance)  # at the drafted states, in one call
+    # Before a suffix begins both means are the same, so that the weight is 1 where it begins.
     target_mean = np.where((np.arange(n) < begin[:, None])[..., None], drawn.mean, target_mean)
-    uniform = noise.acceptance(n + 1, attempt)
+    uniform = token_noise.acceptance(n + 1, attempt)
     verdict = block_verify(normals[:, 1:], drawn.mean, target_mean, std, uniform)
     token, mean, accepted = drawn.token.copy(), target_mean[:, -1].copy(), verdict.accepted_steps == n
 
     # Where a chain is rejected, its next state comes from the residual; fresh noise leads on from there.
-    rows, fresh_noise = np.flatnonzero(~accepted), noise.pick(np.flatnonzero(~accepted))
-    step = verdict.accepted_steps[rows]
+    rows = np.flatnonzero(~accepted)
+    step, rows_noise = verdict.accepted_steps[rows], token_noise.pick(rows)
     mean[rows] = target_mean[rows, step]
-    residual_draws = fresh_noise.residual(target.token_dim, attempt)
+    residual_draws = rows_noise.residual(target.token_dim, attempt)
     q_mean, log_weight = drawn.mean[rows, step], verdict.log_weight[rows]
     token[rows] = draw_block_residual(q_mean, mean[rows], std[step], log_weight, *residual_draws)
-    fresh = np.concatenate([token[rows][:, None], fresh_noise.completion(n, target.token_dim, attempt)], axis=1)
+    fresh = np.concatenate([token[rows][:, None], rows_noise.completion(n, target.token_dim, attempt)], axis=1)
     # The target finishes the chain at every step; or it drafts a long one on few steps, and judges that draft too.
     mask = None if plan is None else plan.resume_step_mask
-    resumed = (n - step - 1 >= plan.min_resume_steps) if plan is not None and mask is not None else step < 0
+    resumed = n - step - 1 >= (n if plan is None or mask is None else plan.min_resume_steps)
     for part, step_mask in ((~resumed & (step + 1 < n), None), (resumed, mask)):
         if part.any():
             at, z_part, guidance_part = rows[part], z[:, rows[part]], guidance[:, rows[part]]
@@ -96,7 +99,7 @@ def verify(
             token[at], mean[at] = left.token, left.mean[:, -1]
             if step_mask is not None:
                 token[at], mean[at], _ = verify(
-                    target, z_part, guidance_part, left, fresh[part], noise.pick(at), plan,
+                    target, z_part, guidance_part, left, fresh[part], token_noise.pick(at), plan,
                     begin=step[part] + 1, attempt=attempt + 1,
                 )  # fmt: skip
     return token, mean, accepted

@@ -21,7 +21,7 @@ from benchmarks.worker import Job, Measured, perform
 from export.causal import read_pair
 from specdec_rt import load
 from specdec_rt.bench.graph_times import graph_sizes
-from specdec_rt.build.builder import graph_slots
+from specdec_rt.build.bundle_graphs import bundle_graphs
 from specdec_rt.bundle import load_bundle
 from specdec_rt.config import DecodeOptions
 from specdec_rt.errors import OutputError, UsageError
@@ -158,7 +158,7 @@ def test_observed_verdicts_are_those_that_the_figures_count(digits_mar, options)
 def test_work_of_a_graph_is_counted_from_its_modules():
     pipeline = load("digits", backend="onnxruntime", threads=1)
     pair = read_pair("digits")
-    slots = {slot.label: slot for slot in graph_slots(pipeline.bundle.manifest)}
+    slots = {slot.label: slot for slot in bundle_graphs(pipeline.bundle.manifest)}
     head = pair.target.head
     parameters = {n: p for n, p in head.named_parameters() if not n.startswith("time_embed")}
     of_step = {n: p for n, p in parameters.items() if "adaLN_modulation" not in n and not n.startswith("cond_embed")}

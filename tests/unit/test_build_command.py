@@ -19,9 +19,11 @@ import pytest
 from bundles import copy_bundle, edit_manifest, read_manifest
 from rich.console import Console
 
-from specdec_rt.backends.availability import Gpu, gpu
-from specdec_rt.build.builder import BuiltGraph, EngineBuilder, build_bundle, graph_slots
-from specdec_rt.build.cache import EngineCache, engine_key
+from specdec_rt.backends.nvidia_driver import Gpu, find_gpu
+from specdec_rt.build.builder import BuiltGraph, EngineBuilder, build_bundle
+from specdec_rt.build.bundle_graphs import bundle_graphs
+from specdec_rt.build.cache import EngineCache
+from specdec_rt.build.engine_record import engine_key
 from specdec_rt.build.recipe import default_recipe, read_recipe
 from specdec_rt.bundle import file_sha256, load_bundle
 from specdec_rt.cli.build import build_reporter
@@ -98,7 +100,7 @@ def builder(place, cache):
 
 
 def slot(bundle, label):
-    return next(slot for slot in graph_slots(bundle.manifest) if slot.label == label)
+    return next(slot for slot in bundle_graphs(bundle.manifest) if slot.label == label)
 
 
 def plans(folder):
@@ -169,8 +171,8 @@ def test_a_recipe_that_makes_another_engine_has_another_key(builder, tmp_path, t
 
 
 def test_another_library_version_has_another_key(builder):
-    other = dataclasses.replace(builder.flavour, version="9.9")
-    assert key(dataclasses.replace(builder, flavour=other)) != key(builder)
+    other = dataclasses.replace(builder.tensorrt, version="9.9")
+    assert key(dataclasses.replace(builder, tensorrt=other)) != key(builder)
 
 
 def test_another_gpu_or_driver_has_another_key(builder):
@@ -318,12 +320,12 @@ def test_a_recipe_for_a_backend_without_engines_is_refused(run, tmp_path):
 def test_a_recipe_that_does_not_fit_the_bundle_builds_nothing(builder, tmp_path):
     text = RECIPE + "[profiles.path_means]\nguidance = { min = [1], opt = [1], max = [1] }\n"
     (tmp_path / "wrong.toml").write_text(text)
-    with pytest.raises(RecipeError, match=r"wrong\.toml:5: profiles\.path_means\.guidance has 1 sizes"):
+    with pytest.raises(RecipeError, match=r"wrong\.toml: profiles\.path_means\.guidance has 1 sizes"):
         build_bundle(builder.bundle, read_recipe(tmp_path / "wrong.toml"), EngineCache(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.skipif(gpu() is not None, reason="for machines without a GPU")
+@pytest.mark.skipif(find_gpu() is not None, reason="for machines without a GPU")
 def test_tensorrt_builds_only_where_there_is_a_gpu(place, cache, monkeypatch):
     # `tensorrt` itself cannot be installed without a GPU to use it on. TensorRT-RTX stands in for the module, without
     # the one ability that tensorrt lacks: to build for GPUs that are not there.

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from specdec_rt.backends.availability import gpu
-from specdec_rt.build.builder import EngineBuilder, graph_slots
+from specdec_rt.backends.nvidia_driver import find_gpu
+from specdec_rt.build.builder import EngineBuilder
+from specdec_rt.build.bundle_graphs import bundle_graphs
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import default_recipe
 from specdec_rt.bundle import load_bundle
@@ -28,7 +29,7 @@ def entry():
     pytest.importorskip("tensorrt_rtx")
     bundle, cache = load_bundle("digits"), EngineCache()
     builder = EngineBuilder.open(bundle, default_recipe("tensorrt-rtx"), cache)
-    slot = next(slot for slot in graph_slots(bundle.manifest) if slot.label == GRAPH)
+    slot = next(slot for slot in bundle_graphs(bundle.manifest) if slot.label == GRAPH)
     _, built = builder.engine(slot)
     return cache.lookup(built.key)
 
@@ -45,7 +46,7 @@ def test_doctor_json_holds_all_backends_and_leaves_no_files(run, tmp_path):
     assert record["auto"] is not None
     assert record["packages"]["numpy"] is not None
     assert record["problems"] == []
-    assert (record["driver"]["why_not"] is None) == (gpu() is not None)
+    assert (record["driver"]["why_not"] is None) == (find_gpu() is not None)
     folder = str(tmp_path / "CACHE" / "specdec-rt" / "engines")
     assert record["engine_cache"] == {"folder": folder, "engines": 0, "size_bytes": 0, "problem": None}
     assert not list(tmp_path.rglob("*specdec*"))
@@ -58,7 +59,7 @@ def test_doctor_shows_packages_driver_backends_and_cache(run):
         assert words in out
 
 
-@pytest.mark.skipif(gpu() is not None, reason="this machine has a GPU")
+@pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
 def test_doctor_says_once_that_there_is_no_driver(run):
     _, out, _ = run("doctor")
     assert out.count("no NVIDIA driver") == 1

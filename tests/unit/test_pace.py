@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from specdec_rt.decode.pace import Pace
 
 from specdec_rt.ar_schedule import cosine_schedule, raster_schedule
-from specdec_rt.decode.pace import Pace
 
 CAUSAL, MAR = raster_schedule(49).known, cosine_schedule(49, 24).known
 

@@ -222,64 +222,56 @@ def test_inputs_may_repeat_what_another_says(read):
 
 
 @pytest.mark.parametrize(
-    ("graph", "text", "line", "said"),
+    ("graph", "text", "said"),
     [
         (
             "backbone",
             "[profiles.backbone.token]\nmin = [1]\nopt = [1]\nmax = [1]",
-            2,
-            "unknown input 'token' of backbone; expected one of tokens, position, label, key_0",
+            "profiles.backbone.token: unknown input 'token' of backbone; expected one of tokens, position, label, ",
         ),
         (
             "backbone",
             "[profiles.backbone.tokens]\nmin = [1, 1]\nopt = [1, 1]\nmax = [1, 1]",
-            2,
             "profiles.backbone.tokens has 2 sizes; expected 3, as the input is [B, N, 16]",
         ),
         (
             "backbone",
             "[profiles.backbone.tokens]\nmin = [1, 1, 16]\nopt = [1, 1, 16]\nmax = [1, 1, 17]",
-            5,
             "profiles.backbone.tokens.max has 17 where the bundle's graph has a size of 16; put 16",
         ),
         (
             "backbone",
             "[profiles.backbone]\nlabel = {min=[1], opt=[2], max=[6]}\nposition = {min=[1], opt=[2], max=[7]}",
-            4,
             "profiles.backbone.position gives size B as [1, 2, 7] (min, opt, max), but label gives [1, 2, 6]",
         ),
         (
             "backbone",
             "[profiles.backbone.key_0]\nmin = [1, 6, 1, 32]\nopt = [1, 6, 9, 32]\nmax = [1, 6, 48, 32]",
-            5,
-            "size S runs from 1 to 48, which leaves out 49, a size that this bundle needs",
+            "profiles.backbone.key_0.max: size S runs from 1 to 48, which leaves out 49, a size that this bundle needs",
         ),
         (
             "time_embedding",
             "[profiles.time_embedding.timestep]\nmin = [24]\nopt = [24]\nmax = [50]",
-            3,
-            "size n runs from 24 to 50, which leaves out 23",
+            "profiles.time_embedding.timestep.min: size n runs from 24 to 50, which leaves out 23",
         ),
         (
             "denoise_step",
             "[profiles.denoise_step.coefficients]\nmin = [1, 4]\nopt = [23, 4]\nmax = [23, 4]",
-            3,
             "profiles.denoise_step.coefficients.min has 1 where the bundle's graph has size n = 23; put 23",
         ),
         (
             "path_means",
             "[profiles.path_means.path]\nmin = [1, 24, 16]\nopt = [1, 24, 16]\nmax = [1, 24, 16]",
-            3,
-            "profiles.path_means.path: size n_plus_1 runs from 24 to 24, which leaves out 2, a size that this bundle",
+            "profiles.path_means.path.min: size n_plus_1 runs from 24 to 24, which leaves out 2, a size",
         ),
     ],
 )
-def test_a_profile_that_does_not_fit_the_graph(read, graph, text, line, said):
+def test_a_profile_that_does_not_fit_the_graph(read, graph, text, said):
     manifest = MANIFESTS["digits"]
     recipe = read(text)
     with pytest.raises(RecipeError) as caught:
         graph_profile(manifest, manifest.target, GraphName(graph), recipe)
-    assert str(caught.value).startswith(f"{recipe.path}:{line}: ")
+    assert str(caught.value).startswith(f"{recipe.path}: ")
     assert said in str(caught.value)
 
 
@@ -287,7 +279,7 @@ def test_a_decoders_own_profile(read):
     manifest = with_decoder(64, 16)
     text = "[profiles.decoder.tokens]\nmin = [1, {0}, 16]\nopt = [1, {0}, 16]\nmax = [2, {0}, 16]"
     assert graph_profile(manifest, None, None, read(text.format(16)))["tokens"].max == (2, 16, 16)
-    with pytest.raises(RecipeError, match=r"my\.toml:3: profiles\.decoder\.tokens\.min has 49 where"):
+    with pytest.raises(RecipeError, match=r"my\.toml: profiles\.decoder\.tokens\.min has 49 where"):
         graph_profile(manifest, None, None, read(text.format(49)))
 
 

@@ -1,18 +1,20 @@
-"""From what a user asks for to a backend: what is refused, and what `auto` takes."""
+"""Opening the backend that a user asks for: what is refused, and what `auto` takes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 from fake_cuda import FakeCuda
 
 import specdec_rt
 from specdec_rt import BackendError, Pipeline, UsageError
-from specdec_rt.backends import availability
-from specdec_rt.backends.availability import Availability, gpu
+from specdec_rt.backend_choice import open_backend
+from specdec_rt.backends.availability import AUTO_ORDER, check
 from specdec_rt.backends.base import Limits
+from specdec_rt.backends.nvidia_driver import find_gpu
 from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
-from specdec_rt.build import select
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import default_recipe, read_recipe
 from specdec_rt.bundle import load_bundle
@@ -25,7 +27,7 @@ def bundle():
     return load_bundle("digits")
 
 
-@pytest.mark.skipif(gpu() is not None, reason="there is a GPU here")
+@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx", "cuda"])
 def test_without_a_driver_a_gpus_backend_says_so(backend):
     with pytest.raises(BackendError, match=rf"backend {backend} cannot run here: (no NVIDIA driver|cuda-bindings)"):
@@ -33,58 +35,60 @@ def test_without_a_driver_a_gpus_backend_says_so(backend):
 
 
 @pytest.fixture
-def promising(monkeypatch):
-    """Every backend says that it can run; what a GPU takes is a fake."""
-    monkeypatch.setattr(select, "check", lambda backend: Availability(backend, True, "", "1"))
-    monkeypatch.setattr(availability, "gpu", lambda: None)
-    FakeCuda().install(monkeypatch)
-
-
-@pytest.mark.usefixtures("promising")
-def test_auto_takes_the_first_that_works(bundle, monkeypatch):
-    monkeypatch.setattr(select, "_on_gpu", lambda _, recipe, *__, **___: recipe.backend)
-    assert select.open_backend(bundle) == "tensorrt-rtx"
-
-
-@pytest.mark.usefixtures("promising")
-def test_auto_passes_over_what_only_seems_to_work(bundle, monkeypatch, caplog):
-    def fails(*_, **__):
-        raise BackendError("the GPU is on fire")
-
-    monkeypatch.setattr(select, "_on_gpu", fails)
-    assert select.open_backend(bundle).name == "onnxruntime"
-    assert caplog.text.count("the GPU is on fire") == 3
-
-
-@pytest.mark.usefixtures("promising")
-def test_a_gpus_limits_and_graphs_are_the_recipes(bundle, tmp_path):
+def gpu(monkeypatch):
+    """A GPU that every library finds. Replaced is the outside world: the driver, and ONNX Runtime built for CUDA."""
     pytest.importorskip("tensorrt_rtx")
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    session = SimpleNamespace(get_providers=lambda: providers)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
+    return cuda
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_takes_the_first_that_works(bundle):
+    assert open_backend(bundle).name == "tensorrt-rtx"
+
+
+def test_auto_passes_over_what_only_seems_to_work(bundle, gpu, caplog):
+    gpu.broken = "the GPU is on fire"
+    promising = [name for name in AUTO_ORDER if name != "onnxruntime" and check(name).usable]
+    assert {"tensorrt-rtx", "cuda"} <= set(promising)
+    assert open_backend(bundle).name == "onnxruntime"
+    assert [record.args[0] for record in caplog.records] == promising
+    assert caplog.text.count("the GPU is on fire") == len(promising)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpus_limits_and_graphs_are_the_recipes(bundle, tmp_path):
     recipe = read_recipe(RECIPES / "rtx.toml")
     cache = EngineCache(tmp_path)
-    backend = select.open_backend(bundle, recipe=recipe, cache=cache)
+    backend = open_backend(bundle, recipe=recipe, cache=cache)
     assert (backend.name, backend.limits) == ("tensorrt-rtx", Limits(batch_size=16, draft_length=4))
     assert backend.device.graphs
-    assert not select.open_backend(bundle, recipe=recipe, cache=cache, cuda_graph=False).device.graphs
+    assert not open_backend(bundle, recipe=recipe, cache=cache, cuda_graph=False).device.graphs
 
 
-@pytest.mark.usefixtures("promising")
+@pytest.mark.usefixtures("gpu")
 def test_onnx_runtimes_graphs_take_any_size_and_capture_themselves(bundle):
-    backend = select.open_backend(bundle, "cuda")
-    assert backend.limits == Limits()
+    backend = open_backend(bundle, "cuda")
+    assert (backend.name, backend.limits) == ("cuda", Limits())
     assert (backend.graphs, backend.device.graphs) == (True, False)
-    assert not select.open_backend(bundle, "cuda", cuda_graph=False).graphs
+    assert not open_backend(bundle, "cuda", cuda_graph=False).graphs
 
 
 def test_a_recipe_names_its_backend(bundle):
     assert specdec_rt.load(recipe=RECIPES / "cpu.toml").backend.name == "onnxruntime"
     with pytest.raises(UsageError, match=r"backend is 'cuda', but the recipe .* is for 'onnxruntime'; leave one out"):
-        select.open_backend(bundle, "cuda", recipe=default_recipe("onnxruntime"))
+        open_backend(bundle, "cuda", recipe=default_recipe("onnxruntime"))
 
 
-@pytest.mark.usefixtures("promising")
+@pytest.mark.usefixtures("gpu")
 def test_threads_are_the_cpus(bundle):
     with pytest.raises(UsageError, match="threads is 2, but backend 'cuda' does not run on the CPU"):
-        select.open_backend(bundle, "cuda", threads=2)
+        open_backend(bundle, "cuda", threads=2)
 
 
 def test_a_recipes_precision_chooses_the_file(bundle, tmp_path):
@@ -109,7 +113,7 @@ def test_half_precision_draws_nearly_the_same(tmp_path):
 def test_engines_built_for_less_are_not_asked_for_more(bundle):
     backend = OnnxRuntimeBackend(limits=Limits(batch_size=2, draft_length=3))
     pipeline = Pipeline(bundle, backend)
-    assert pipeline.session(specdec_rt.DecodeOptions()).plan.draft_length == 3  # the bundle's default is 4
+    assert max(pipeline.generate([1]).stats.draft_lengths) == 3  # the bundle's default is 4
     with pytest.raises(
         UsageError, match=r"draft_length is 5, but the engines .* are built for 3 at most: take a recipe"
     ):

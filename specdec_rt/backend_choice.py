@@ -1,11 +1,12 @@
-"""From what a user asks for to a backend at work: `auto` resolved, recipe and limits applied, plans trusted."""
+"""Opens the backend that a user asks for: `auto` is resolved, a recipe and its limits are applied."""
 
 import logging
 from pathlib import Path
 
 from specdec_rt.backends.availability import AUTO_ORDER, check
-from specdec_rt.backends.base import Backend, Limits
-from specdec_rt.build.builder import TENSORRT_BACKENDS, EngineBuilder, graph_slots
+from specdec_rt.backends.base import Backend, BackendName, Limits
+from specdec_rt.build.builder import EngineBuilder
+from specdec_rt.build.bundle_graphs import bundle_graphs
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import Recipe, default_recipe
 from specdec_rt.bundle import Bundle
@@ -36,7 +37,8 @@ def open_backend(
         raise UsageError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     if recipe is not None and backend not in ("auto", recipe.backend):
         raise UsageError(
-            f"backend is {backend!r}, but the recipe {recipe.path or ''} is for {recipe.backend!r}; leave one out"
+            f"backend is {str(backend)!r}, but the recipe {recipe.path or ''} is for {recipe.backend.value!r}; "
+            "leave one out"
         )
     if recipe is None and backend == "auto":
         return _best(bundle, cache, threads, cuda_graph)
@@ -48,9 +50,9 @@ def open_backend(
 
 
 def _best(bundle: Bundle, cache: EngineCache | None, threads: int | None, cuda_graph: bool) -> Backend:
-    """The first of the backends that works; one that only seemed to is passed over, with a warning."""
+    """The first backend that opens; one that could run but does not open is passed over, with a warning."""
     why = ""
-    for backend in AUTO_ORDER if threads is None else ("onnxruntime",):
+    for backend in AUTO_ORDER if threads is None else (BackendName.ONNXRUNTIME,):
         found = check(backend)
         why = found.why
         if not found.usable:
@@ -64,47 +66,55 @@ def _best(bundle: Bundle, cache: EngineCache | None, threads: int | None, cuda_g
 
 
 def _open(bundle: Bundle, recipe: Recipe, cache: EngineCache | None, threads: int | None, cuda_graph: bool) -> Backend:
-    if recipe.backend == "onnxruntime":
-        return _on_cpu(bundle, recipe, threads)
+    if recipe.backend is BackendName.ONNXRUNTIME:
+        return _open_on_cpu(bundle, recipe, threads)
     if threads is not None:
         raise UsageError(
-            f"threads is {threads}, but backend {recipe.backend!r} does not run on the CPU; "
+            f"threads is {threads}, but backend {recipe.backend.value!r} does not run on the CPU; "
             "leave out threads and workers"
         )
-    return _on_gpu(bundle, recipe, cache or EngineCache(), graphs=recipe.cuda_graphs and cuda_graph)
+    graphs = recipe.cuda_graphs and cuda_graph
+    if recipe.backend.builds_engines:
+        return _open_tensorrt(bundle, recipe, cache or EngineCache(), graphs=graphs)
+    return _open_onnxruntime_cuda(bundle, recipe, graphs=graphs)
 
 
-def _on_cpu(bundle: Bundle, recipe: Recipe, threads: int | None) -> Backend:
-    from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend  # heavy: not for `import specdec_rt`
-
-    return OnnxRuntimeBackend(recipe.threads if threads is None else threads, _Files(bundle, recipe))
+# Backends are imported when they are opened: they are heavy, and `import specdec_rt` shall stay light.
 
 
-def _on_gpu(bundle: Bundle, recipe: Recipe, cache: EngineCache, *, graphs: bool) -> Backend:
+def _open_on_cpu(bundle: Bundle, recipe: Recipe, threads: int | None) -> Backend:
+    from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(recipe.threads if threads is None else threads, _PrecisionFiles(bundle, recipe))
+
+
+def _open_onnxruntime_cuda(bundle: Bundle, recipe: Recipe, *, graphs: bool) -> Backend:
     from specdec_rt.backends.cuda import CudaDevice
-
-    if recipe.backend in TENSORRT_BACKENDS:
-        from specdec_rt.backends.tensorrt_engine import TensorRtBackend
-
-        workshop = EngineBuilder.open(bundle, recipe, cache)
-        slots = {bundle.path(slot.graph): slot for slot in graph_slots(bundle.manifest)}
-        device = CudaDevice(batch_buckets=recipe.batch_buckets, graphs=graphs)
-        limits = Limits(batch_size=recipe.largest_batch, draft_length=recipe.draft_length)
-        return TensorRtBackend(workshop.flavour, device, lambda path: workshop.engine(slots[path])[0], limits)
     from specdec_rt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
     # ONNX Runtime captures its own calls, and must not be captured by others.
     device = CudaDevice(batch_buckets=recipe.batch_buckets, graphs=False)
-    return OnnxRuntimeCudaBackend(device, _Files(bundle, recipe), Limits(), graphs)
+    return OnnxRuntimeCudaBackend(device, _PrecisionFiles(bundle, recipe), Limits(), graphs)
 
 
-class _Files:
-    """Which file of a graph to load: that of the precision which the recipe asks for."""
+def _open_tensorrt(bundle: Bundle, recipe: Recipe, cache: EngineCache, *, graphs: bool) -> Backend:
+    from specdec_rt.backends.cuda import CudaDevice
+    from specdec_rt.backends.tensorrt_engine import TensorRTBackend
+
+    builder = EngineBuilder.open(bundle, recipe, cache)
+    graphs_by_path = {bundle.path(graph.graph): graph for graph in bundle_graphs(bundle.manifest)}
+    device = CudaDevice(batch_buckets=recipe.batch_buckets, graphs=graphs)
+    limits = Limits(batch_size=recipe.largest_batch, draft_length=recipe.draft_length)
+    return TensorRTBackend(builder.tensorrt, device, lambda path: builder.engine(graphs_by_path[path])[0], limits)
+
+
+class _PrecisionFiles:
+    """Gives the file to load for a graph: the one that computes in the recipe's precision."""
 
     def __init__(self, bundle: Bundle, recipe: Recipe) -> None:
         self._files = {
-            bundle.path(slot.graph): bundle.path(slot.graph, recipe.graph_precision(slot.recipe_graph))
-            for slot in graph_slots(bundle.manifest)
+            bundle.path(graph.graph): bundle.path(graph.graph, recipe.graph_precision(graph.recipe_graph))
+            for graph in bundle_graphs(bundle.manifest)
         }
 
     def __call__(self, path: Path) -> Path:

@@ -6,14 +6,14 @@ from typing import Any
 from specdec_rt.backends.base import BoundCall
 from specdec_rt.errors import BackendError
 
-__all__ = ["Recording"]
+__all__ = ["CapturedStep"]
 
 
-class Recording:
-    """Calls that are queued on one stream; where they are captured, by one launch.
+class CapturedStep:
+    """Calls that are queued on one stream, each by itself or, with `capture`, all by one launch of a graph.
 
-    The first run is eager: engines settle what they do lazily (workspaces, kernels), none of which a capture
-    allows. Buffers never move, so what is captured stays right for as long as the recording lives.
+    The first run is never captured: engines allocate workspaces and load kernels when they first run, which a
+    capture forbids. Buffers never move, so a captured graph stays right for as long as the step lives.
     """
 
     def __init__(self, stream: Any, calls: Sequence[BoundCall], *, capture: bool) -> None:  # noqa: ANN401  # cuda.core's
@@ -30,9 +30,9 @@ class Recording:
             call()
         if self._capture:
             self._stream.sync()
-            self._graph = self._captured()
+            self._graph = self._make_graph()
 
-    def _captured(self) -> Any:  # noqa: ANN401  # cuda.core.graph.Graph
+    def _make_graph(self) -> Any:  # noqa: ANN401  # cuda.core.graph.Graph
         builder = self._stream.create_graph_builder()
         try:
             builder.begin_building()
