@@ -1,11 +1,12 @@
 """Requests to a decoder whose parts a test has exchanged: `Pipeline.generate` makes them of its own."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from specdec_rt.decode.batch import Batch
 from specdec_rt.decode.decoder import Decoder
+from specdec_rt.decode.session import Session
 from specdec_rt.decode.stats import Counters
 from specdec_rt.types import FloatArray
 
@@ -30,17 +31,10 @@ def decode(setup, labels, draws, *, images=None, slots=None):
     return Decoded(decoder.run(), counters, decoder.batch)
 
 
-def with_session(setup, kind, *given):
-    """The setup on the same models, with a session of another kind, whose first arguments are `given`."""
-    old, plan = setup.session, setup.plan
-    session = kind(
-        *given,
-        old.device,
-        target=old.target,
-        draft=old.draft,
-        draft_step_mask=plan.draft_step_mask,
-        resume_step_mask=plan.resume_step_mask,
-        shared_noise=plan.mode == "paper",
-    )
-    verifier = None if setup.verifier is None else type(setup.verifier)(session, plan)
+def with_session(setup, kind, **given):
+    """The setup with a session of another kind on the same models; `given` are fields that only this kind has."""
+    made_with = {field.name: getattr(setup.session, field.name) for field in fields(Session)}
+    session = kind(**made_with, **given)
+    verifier = None if setup.verifier is None else type(setup.verifier)(session, setup.plan)
     return replace(setup, session=session, verifier=verifier)
+

@@ -174,7 +174,7 @@ def toy_setup(tokens: int, *, mode: Mode = "exact") -> DecodingSetup:
         guidance_schedule="constant",
         emit_mean=False,
     )
-    return _setup(plan, Session(device, target=None if mode == "draft" else target, draft=draft))
+    return _setup(plan, Session(device=device, target=None if mode == "draft" else target, draft=draft))
 
 
 def self_draft_setup(chain: Chain, steps: int, *, mode: Mode = "exact", min_resume_steps: int) -> DecodingSetup:
@@ -190,7 +190,7 @@ def self_draft_setup(chain: Chain, steps: int, *, mode: Mode = "exact", min_resu
         emit_mean=True,
     )
     masks = {"draft_step_mask": step_mask, "resume_step_mask": step_mask}
-    return _setup(plan, Session(device, target=target, draft=None, **masks))
+    return _setup(plan, Session(device=device, target=target, draft=None, **masks))
 
 
 def _setup(plan: Plan, session: Session) -> DecodingSetup:

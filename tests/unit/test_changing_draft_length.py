@@ -1,178 +1,181 @@
-"""Decoding at draft lengths chosen on the way: what the draft has to be told, what is counted, what is refused."""
+"""Decoding at draft lengths that are chosen on the way: what the draft has to be told, and what a controller is told.
+
+`test_draft_length.py` is about the choice itself, `tests/distribution/test_changing_length.py` about what it does to
+the distribution.
+"""
 
 import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_cuda import FakeBackend, FakeCuda
-from specdec_rt.decode.loop import Decoder
+from decoding import decode, with_session
+from fake_cuda import FakeBackend
+from tolerances import SAME_TO_ROUNDING, largest_difference
 
-from specdec_rt import DecodeOptions, Pipeline, UsageError, load
+from specdec_rt import DecodeOptions, Pipeline, UsageError
 from specdec_rt.backends.base import Limits
-from specdec_rt.backends.cuda import CudaDevice
-from specdec_rt.bench.predict import Predictor
+from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
 from specdec_rt.bundle import load_bundle
+from specdec_rt.decode.session import Session
 from specdec_rt.decode.stats import Counters, Stats
 from specdec_rt.noise import NoiseSource
 
-CLOSE = 1e-3
-"""Rounding between batch shapes may move a token by this much."""
 LABELS = np.arange(3)
 QUICK = {"mode": "exact", "guidance": 1.0, "draft_steps": 8}
 
 
 class Scripted:
-    """Lengths from a list, over and over, in the place of a pace."""
-
-    clock = staticmethod(itertools.count().__next__)
+    """A controller that takes its lengths from a list, over and over."""
 
     def __init__(self, *lengths):
+        self.clock = itertools.count().__next__
         self._lengths = itertools.cycle(lengths)
-        self.seen, self.noted, self.caught_up, self.begun = [], [], 0, []
+        self.asked, self.records, self.begun = [], [], []
 
-    def begin(self, lanes):
-        self.begun.append(lanes)
+    def begin_batch(self, slots):
+        """As in `DraftLengthController`."""
+        self.begun.append(slots)
 
-    def choose(self, step, lanes, waiting, *, behind):
-        self.seen.append((step.tolist(), lanes, waiting, behind))
+    def choose(self, ar_step, slots, waiting, *, draft_is_behind):
+        """As in `DraftLengthController`."""
+        self.asked.append((ar_step.tolist(), slots, waiting, draft_is_behind))
         return next(self._lengths)
 
-    def note(self, seconds, completion, accepted, rejected):
-        self.noted.append((seconds, completion, accepted, rejected))
-
-    def note_catch_up(self, seconds):
-        self.caught_up += seconds > 0
+    def observe(self, record):
+        """As in `DraftLengthController`."""
+        self.records.append(record)
 
 
-class CatchingUpAlways(Decoder):
+class CatchesUpAlways(Session):
     """The draft takes in everything before every round."""
 
-    _behind = property(lambda _: True, lambda *_: None)
+    def speculate(self, inputs):
+        """As in `Session`."""
+        positions = inputs.positions
+        self.catch_up(positions.order, positions.known, inputs.tokens, int(positions.first_step.max()))
+        return super().speculate(inputs)
 
 
-class NeverCatchingUp(Decoder):
+class NeverCatchesUp(Session):
     """What must be seen."""
 
-    _behind = property(lambda _: False, lambda *_: None)
+    def catch_up(self, order, known, tokens, steps):  # noqa: ARG002  # as in `Session`
+        """As in `Session`."""
+        return 0
 
 
-@pytest.fixture(scope="module")
-def pipelines():
-    return {name: load(name, backend="onnxruntime", threads=1) for name in ("digits", "digits-mar")}
-
-
-@pytest.fixture(scope="module")
-def pipeline(pipelines):
-    return pipelines["digits"]
-
-
-def decode(pipeline, pace, *, decoder=Decoder, labels=LABELS, lanes=None, seed=3):
-    """Tokens, and the counters."""
-    steps = 6 if pipeline.bundle.manifest.family == "mar" else None
-    session = pipeline.session(DecodeOptions(**QUICK, draft_length=4, ar_steps=steps))
-    counters, keys = Counters(), np.arange(len(labels))
-    made = decoder(
-        replace(session, pace=pace), NoiseSource(seed), labels, keys, counters, lambda _: None, lanes=lanes
-    ).run()
-    return made, counters
+def request(pipeline, controller, *, session=None, slots=None):
+    """Three images by lengths that a controller chooses."""
+    few = {"ar_steps": 6} if pipeline.bundle.manifest.family == "mar" else {}
+    setup = replace(pipeline.setup(DecodeOptions(**QUICK, **few, draft_length=4)), controller=controller)
+    setup = setup if session is None else with_session(setup, session)
+    return decode(setup, LABELS, NoiseSource(3), slots=slots)
 
 
 # --- the draft catches up ------------------------------------------------------------------------------
 
 
-def test_steps_of_the_target_alone_are_a_prefill(pipeline):
+def test_steps_of_the_target_alone_are_a_prefill(cpu):
     alone = 12
-    pace = Scripted(*[0] * alone, *[4] * 49)
-    found, counters = decode(pipeline, pace)
-    expected = pipeline.generate(LABELS, seed=3, draft_length=4, prefill=(alone - 0.5) / 49, **QUICK)
-    np.testing.assert_array_equal(found, expected.tokens)
-    for name in ("rounds", "accepted", "rejected", "target_backbone_calls", "draft_backbone_calls"):
-        assert getattr(counters, name) == getattr(expected.stats, name)
-    assert counters.sequential_head_calls == expected.stats.sequential_head_calls
-    assert counters.draft_lengths[0] == alone * len(LABELS)
-    assert pace.caught_up == 1
+    controller = Scripted(*[0] * alone, *[4] * 49)
+    found = request(cpu(), controller)
+    expected = cpu().generate(LABELS, seed=3, draft_length=4, prefill=(alone - 0.5) / 49, **QUICK)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    for name in ("rounds", "accepted", "target_backbone_calls", "draft_backbone_calls", "sequential_head_calls"):
+        assert getattr(found.counters, name) == getattr(expected.stats, name)
+    assert found.counters.draft_lengths[0] == alone * len(LABELS)
+    assert sum(record.catch_up_seconds > 0 for record in controller.records) == 1
 
 
-def test_a_draft_that_catches_up_when_it_must_knows_all(pipeline):
-    """Images stand at steps of their own, and lanes take new ones: as if all was taken in before every round."""
+def test_a_draft_that_catches_up_when_it_must_knows_all(cpu):
+    """Images stand at AR steps of their own, and slots are backfilled: as if all was taken in before every round."""
     lengths = (4, 0, 0, 2, 0, 1, 4)
-    found, counters = decode(pipeline, Scripted(*lengths), lanes=2)
-    expected, more = decode(pipeline, Scripted(*lengths), decoder=CatchingUpAlways, lanes=2)
-    assert np.abs(found - expected).max() <= CLOSE
-    assert counters.accepted == more.accepted
-    assert counters.draft_backbone_calls < more.draft_backbone_calls
+    found = request(cpu(), Scripted(*lengths), slots=2)
+    expected = request(cpu(), Scripted(*lengths), slots=2, session=CatchesUpAlways)
+    assert largest_difference(found.tokens, expected.tokens) <= SAME_TO_ROUNDING
+    assert found.counters.accepted == expected.counters.accepted
 
 
-def test_a_draft_that_does_not_catch_up_is_seen(pipeline):
-    lengths = (0, 4)
-    found, counters = decode(pipeline, Scripted(*lengths), decoder=NeverCatchingUp)
-    expected, knowing = decode(pipeline, Scripted(*lengths))
-    assert np.abs(found - expected).max() > 0.1
-    assert counters.accepted < 0.9 * knowing.accepted
+def test_a_draft_catches_up_once_before_a_round_that_follows_the_target_alone(cpu):
+    controller = Scripted(4, 4, 0, 0, 2, 2, 0, 1)
+    request(cpu(), controller)
+    lengths = [record.draft_length for record in controller.records]
+    needed = [length > 0 and before == 0 for before, length in itertools.pairwise([4, *lengths])]
+    assert [record.catch_up_seconds > 1 for record in controller.records] == needed
 
 
-def test_on_a_device_that_captures_steps(pipeline, monkeypatch):
+def test_a_draft_that_does_not_catch_up_is_seen(cpu):
+    found = request(cpu(), Scripted(0, 4), session=NeverCatchesUp)
+    knowing = request(cpu(), Scripted(0, 4))
+    assert largest_difference(found.tokens, knowing.tokens) > 0.1
+    assert found.counters.accepted < 0.9 * knowing.counters.accepted
+
+
+def test_a_draft_catches_up_on_a_device_that_captures_launches(cpu, make_gpu):
     """What the draft catches up with is padded to a few sizes: past an image's last token lies what is never read."""
-    FakeCuda().install(monkeypatch)
-    gpu = Pipeline(load_bundle("digits"), FakeBackend(CudaDevice(batch_buckets=(1, 4, 8), graphs=True)))
-    expected, found = (decode(each, Scripted(2, 0, 0, 4, 0))[0] for each in (pipeline, gpu))
-    assert np.abs(found - expected).max() <= CLOSE
+    _, device = make_gpu(batch_buckets=(1, 4, 8))
+    pipelines = cpu(), Pipeline(load_bundle("digits"), FakeBackend(device))
+    expected, found = (request(pipeline, Scripted(2, 0, 0, 4, 0)).tokens for pipeline in pipelines)
+    assert largest_difference(found, expected) <= SAME_TO_ROUNDING
 
 
 # --- images --------------------------------------------------------------------------------------------
 
 
-def test_images_do_not_depend_on_which_lengths_draft_them(pipelines):
+def test_images_do_not_depend_on_which_lengths_draft_them(cpu):
     """As with fixed ones; with 0 among them they would."""
-    first, second = (decode(pipelines["digits-mar"], Scripted(*lengths))[0] for lengths in ((1, 4, 2), (2, 2, 1, 3)))
-    assert np.abs(first - second).max() <= CLOSE
+    first, second = (request(cpu("digits-mar"), Scripted(*lengths)) for lengths in ((1, 4, 2), (2, 2, 1, 3)))
+    assert largest_difference(first.tokens, second.tokens) <= SAME_TO_ROUNDING
 
 
-def test_the_target_alone_all_the_way_is_target_mode(pipelines):
-    found, counters = decode(pipelines["digits-mar"], Scripted(0))
-    expected = pipelines["digits-mar"].generate(LABELS, seed=3, mode="target", ar_steps=6, guidance=1.0)
-    np.testing.assert_array_equal(found, expected.tokens)
+def test_the_target_alone_all_the_way_is_target_mode(cpu):
+    found = request(cpu("digits-mar"), Scripted(0))
+    expected = cpu("digits-mar").generate(LABELS, seed=3, mode="target", ar_steps=6, guidance=1.0)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    counters = found.counters
     assert (counters.rounds, counters.drafted, counters.draft_backbone_calls) == (0, 0, 0)
     assert counters.target_backbone_calls == expected.stats.target_backbone_calls
     assert counters.sequential_head_calls == expected.stats.sequential_head_calls
 
 
-# --- what the pace is told -----------------------------------------------------------------------------
+# --- what a controller is told -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-mar"])
-def test_it_hears_of_judged_tokens_alone(pipelines, name):
+def test_it_hears_of_judged_tokens_alone(cpu, name):
     """Verdicts on dropped drafts must not reach it: their noise is used again."""
-    pace = Scripted(4, 2, 0)
-    _, counters = decode(pipelines[name], pace)
-    seconds, completion, accepted, rejected = np.array(pace.noted).T
-    assert (accepted.sum(), rejected.sum()) == (counters.accepted, counters.rejected)
+    controller = Scripted(4, 2, 0)
+    counters = request(cpu(name), controller).counters
+    records = controller.records
+    assert sum(record.accepted for record in records) == counters.accepted
+    assert sum(record.rejected for record in records) == counters.rejected
     assert counters.accepted + counters.rejected == counters.committed < counters.drafted
-    assert ((completion > 0) == (rejected > 0)).all()
-    assert (seconds > 0).all()
+    assert all((record.completion_seconds > 0) == (record.rejected > 0) for record in records)
+    assert all(record.seconds > 0 for record in records)
+    assert [record.draft_length for record in records[:4]] == [4, 2, 0, 4]
 
 
-def test_it_hears_where_images_are(pipeline):
-    pace = Scripted(2, 0)
-    decode(pipeline, pace, lanes=2)
-    steps, lanes, waiting, behind = zip(*pace.seen, strict=True)
-    assert pace.begun == [2]
+def test_it_hears_where_images_are(cpu):
+    controller = Scripted(2, 0)
+    request(cpu(), controller, slots=2)
+    steps, slots, waiting, behind = zip(*controller.asked, strict=True)
+    assert controller.begun == [2]
     assert steps[0] == [0, 0]
     assert max(max(each) for each in steps) == 48
     assert (waiting[0], waiting[-1]) == (1, 0)
-    assert set(lanes) == {1, 2}
+    assert set(slots) == {1, 2}
     assert behind[:3] == (False, False, True)
 
 
-def test_a_pace_is_kept_for_what_costs_the_same(pipeline):
-    def pace(**options):
-        return pipeline.session(DecodeOptions(mode="exact", draft_length="auto", **options)).pace
+def test_a_controller_is_kept_for_requests_whose_rounds_cost_the_same(cpu):
+    def controller(**options):
+        return cpu().setup(DecodeOptions(mode="exact", draft_length="auto", **options)).controller
 
-    first = pace()
+    first = controller()
     assert first.lengths == (0, 1, 2, 4, 8)
-    assert pace(temperature=0.9, guidance=2.0) is first
-    others = [pace(guidance=1.0), pace(draft="small"), pace(draft_steps=9), pace(draft="self")]
+    assert controller(temperature=0.9, guidance=2.0) is first
+    others = [controller(guidance=1.0), controller(draft="small"), controller(draft_steps=9), controller(draft="self")]
     assert len({id(each) for each in (first, *others)}) == 5
     assert others[-1].lengths == (0, 1)
 
@@ -180,21 +183,20 @@ def test_a_pace_is_kept_for_what_costs_the_same(pipeline):
 @pytest.mark.parametrize(
     ("limit", "ar_steps", "lengths"), [(4, 49, (0, 1, 2, 4)), (6, 49, (0, 1, 2, 4)), (None, 3, (0, 1, 2))]
 )
-def test_lengths_end_where_engines_and_schedules_do(pipelines, monkeypatch, limit, ar_steps, lengths):
-    pipeline = pipelines["digits-mar"]
-    monkeypatch.setattr(pipeline, "backend", replace(pipeline.backend, limits=Limits(draft_length=limit)))
-    monkeypatch.setattr(pipeline, "_paces", {})
-    session = pipeline.session(DecodeOptions(mode="exact", draft_length="auto", ar_steps=ar_steps))
-    assert session.pace.lengths == lengths
-    assert session.plan.draft_length >= lengths[-1]
+def test_lengths_end_where_engines_and_schedules_do(limit, ar_steps, lengths):
+    backend = OnnxRuntimeBackend(threads=1, limits=Limits(draft_length=limit))
+    options = DecodeOptions(mode="exact", draft_length="auto", ar_steps=ar_steps)
+    setup = Pipeline(load_bundle("digits-mar"), backend).setup(options)
+    assert setup.controller.lengths == lengths
+    assert setup.plan.draft_length >= lengths[-1]
 
 
 # --- requests ------------------------------------------------------------------------------------------
 
 
-def test_a_request_says_which_lengths_it_took(pipeline):
+def test_a_request_says_which_lengths_it_took(cpu):
     seen = []
-    stats = pipeline.generate(
+    stats = cpu().generate(
         LABELS, batch_size=2, draft_length="auto", progress=lambda done, total: seen.append((done, total)), **QUICK
     ).stats
     assert seen[-1] == (3 * 49, 3 * 49)
@@ -203,18 +205,19 @@ def test_a_request_says_which_lengths_it_took(pipeline):
     assert list(stats.draft_lengths) == sorted(stats.draft_lengths)
 
 
-def test_fixed_lengths_are_counted_too(pipeline):
-    stats = pipeline.generate([3], draft_length=4, **QUICK).stats
+def test_fixed_lengths_are_counted_too(cpu):
+    stats = cpu().generate([3], draft_length=4, **QUICK).stats
     assert max(stats.draft_lengths) == 4
     assert sum(stats.draft_lengths.values()) == stats.rounds
     assert sum(length * count for length, count in stats.draft_lengths.items()) == stats.drafted
-    assert pipeline.generate([3], mode="draft", draft_length="auto").stats.draft_lengths == {}
+    assert cpu().generate([3], mode="draft", draft_length="auto").stats.draft_lengths == {}
 
 
 def test_figures_where_nothing_was_drafted():
-    counters = Counters()
+    counters = Counters(target_backbone_calls=3)
     counters.draft_lengths[0] = 3
-    stats = Stats.of(counters, mode="exact", backend="none", images=1, seconds=1.0)
+    stats = Stats(mode="exact", backend="none", images=1, seconds=1.0)
+    stats.add(counters)
     assert (stats.acceptance_rate, stats.tokens_per_round, stats.draft_lengths) == (None, None, {0: 3})
 
 
@@ -230,12 +233,7 @@ def test_figures_where_nothing_was_drafted():
         ({"draft_length": "auto", "mode": "paper"}, "draft_length is 'auto', but in mode 'paper'"),
     ],
 )
-def test_refusals(pipeline, options, said):
+def test_a_length_that_is_none_is_refused(cpu, options, said):
     with pytest.raises(UsageError) as caught:
-        pipeline.generate([1], **options)
+        cpu().generate([1], **options)
     assert said in str(caught.value)
-
-
-def test_predictions_are_for_one_length(pipeline):
-    with pytest.raises(UsageError, match="draft_length is 'auto'; a prediction is for one draft length"):
-        Predictor(pipeline).workload(DecodeOptions(mode="exact", draft_length="auto"), 1)

@@ -121,9 +121,7 @@ def speculate(pipeline, options):
     setup = pipeline.setup(options)
     batch = Batch(setup.session, setup.plan, NoiseSource(7), np.array([3, 1, 4]), np.arange(3), 3)
     batch.admit()
-    positions = batch.next_positions(1)
-    guidance = setup.plan.guidance_at(positions.ar_step)
-    return setup, setup.session.speculate(batch.tokens, positions, batch.normals(positions), guidance)
+    return setup, setup.session.speculate(batch.next_rows(1))
 
 
 @pytest.mark.parametrize("draft_steps", [5, 22, 23])
