@@ -1,3 +1,3 @@
-"""The torch side: models, checkpoints, ONNX export, parity, and the training of the shipped pair."""
+"""The torch side: models, checkpoints, ONNX export, comparisons with torch, and the training of the shipped pairs."""
 
-import specdec_rt.backends  # noqa: F401  # before ONNX Runtime is imported, which it keeps from reporting to its maker
+import specdec_rt.backends  # noqa: F401  # first: it switches off ONNX Runtime's telemetry before that is imported

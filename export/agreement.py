@@ -1,4 +1,4 @@
-"""Whether a graph computes what its torch module computes, and what half precision costs."""
+"""Compares graphs with torch: exported ones, those with rounded weights, and those that compute in half."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +28,9 @@ __all__ = [
 ]
 
 TOLERANCE = 1e-4
-"""Relative L2 error that single evaluations in single precision may show."""
+"""Relative L2 error that is allowed in one evaluation of a graph in single precision."""
 PRECISION_TOLERANCE: dict[Precision, float] = {"fp16": 5e-3, "bf16": 2e-2}
-"""Relative L2 error that rounding the weights may cause, and computing in half."""
+"""Relative L2 error that is allowed where weights are rounded, and where a graph computes in half."""
 
 
 class ParityError(SpecDecError):
@@ -38,30 +38,30 @@ class ParityError(SpecDecError):
 
 
 def torch_outputs(module: nn.Module, examples: Sequence[Any]) -> list[Array]:
-    """What `module` makes of its arguments: tensors, then at most one list of tensors."""
+    """What `module` computes from its arguments: tensors, then at most one list of tensors."""
     with torch.no_grad():
         outputs = module(*examples)
     return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
 def graph_outputs(path: Path, examples: Sequence[Any], inputs: Sequence[Binding]) -> list[Array]:
-    """What the graph at `path` makes of the same arguments."""
+    """What the graph at `path` computes from the same arguments."""
     return _run(str(path), path.parent, examples, inputs, onnxruntime.ExecutionOrder.DEFAULT)
 
 
 def variant_outputs(
     path: Path, precision: Precision, examples: Sequence[Any], inputs: Sequence[Binding]
 ) -> list[Array]:
-    """What a GPU would make of them with the graph at `path`, which computes in `precision`; see `emulation`."""
+    """What a GPU would compute from them with the graph at `path`, which is in `precision`; see `emulation`."""
     model = emulated(onnx.load(path, load_external_data=False), precision)
-    # In the default order every weight would be cast before the first is used.
+    # The default order would cast every weight before the first one is used, and so hold two copies of all.
     return _run(model.SerializeToString(), path.parent, examples, inputs, onnxruntime.ExecutionOrder.PRIORITY_BASED)
 
 
 def _run(
     model: str | bytes, folder: Path, examples: Sequence[Any], inputs: Sequence[Binding], order: Any
 ) -> list[Array]:
-    """Run a graph, whose weights lie in `folder`, as it is written: folded or packed ones would be a second copy."""
+    """Run a graph whose weights are in `folder`, with no optimisation that would keep a second copy of weights."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
@@ -78,32 +78,41 @@ def _run(
 
 
 def require_agreement(path: Path, found: Sequence[Array], expected: Sequence[Array]) -> float:
-    """The largest relative L2 error of the graph's outputs; ParityError where it is over TOLERANCE (or no number)."""
+    """The largest relative L2 error of the graph's outputs against torch's.
+
+    Raises ParityError where it is over TOLERANCE, or not a number.
+    """
     return _require(found, expected, TOLERANCE, f"{path.name} differs from torch")
 
 
 def require_precision(path: Path, found: Sequence[Array], unrounded: Sequence[Array], precision: Precision) -> float:
-    """The same against the model before its weights were rounded to `precision`, with that precision's tolerance."""
-    said = f"{path.name} with weights in {precision} differs from the unrounded model"
-    mend = "; store them in single precision: --precision fp32"
-    return _require(found, unrounded, PRECISION_TOLERANCE[precision], said, mend)
+    """The largest relative L2 error of a module whose weights were rounded to `precision`, against unrounded weights.
+
+    Raises ParityError where it is over the precision's tolerance, or not a number.
+    """
+    what = f"{path.name} with weights in {precision} differs from the unrounded model"
+    advice = "; store them in single precision: --precision fp32"
+    return _require(found, unrounded, PRECISION_TOLERANCE[precision], what, advice)
 
 
 def require_variant(path: Path, found: Sequence[Array], expected: Sequence[Array], precision: Precision) -> float:
-    """The same of a graph that computes in `precision` against one that does not, with that precision's tolerance."""
-    said, mend = f"{path.name} differs from single precision", f"; leave {precision} out of --compute"
-    return _require(found, expected, PRECISION_TOLERANCE[precision], said, mend)
+    """The largest relative L2 error of a graph that computes in `precision`, against single precision.
+
+    Raises ParityError where it is over the precision's tolerance, or not a number.
+    """
+    what, advice = f"{path.name} differs from single precision", f"; leave {precision} out of --compute"
+    return _require(found, expected, PRECISION_TOLERANCE[precision], what, advice)
 
 
-def _require(found: Sequence[Array], expected: Sequence[Array], limit: float, said: str, mend: str = "") -> float:
+def _require(found: Sequence[Array], expected: Sequence[Array], limit: float, what: str, advice: str = "") -> float:
     error = _largest_error(found, expected)
-    if not error <= limit:
-        raise ParityError(f"{said} by {error:.2e} (relative L2); at most {limit} is allowed{mend}")
+    if not error <= limit:  # false for a NaN
+        raise ParityError(f"{what} by {error:.2e} (relative L2); at most {limit} is allowed{advice}")
     return error
 
 
 def _largest_error(found: Sequence[Array], expected: Sequence[Array]) -> float:
-    # NumPy's max keeps a NaN, Python's may lose it.
+    # np.max keeps a NaN; Python's max may lose it.
     return float(np.max([_relative_error(got, wanted) for got, wanted in zip(found, expected, strict=True)]))
 
 

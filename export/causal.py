@@ -9,18 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from export.bundles import (
-    EXAMPLE_IMAGES,
-    EXAMPLE_INPUTS,
-    BundleContents,
-    ModelContents,
-    example_draws,
-    parameter_count,
-    write_contents,
-)
+from export.contents import BundleContents, ModelContents, parameter_count
+from export.examples import EXAMPLE_IMAGES, EXAMPLE_INPUTS, example_draws
 from export.graphs import CausalBackboneGraph
 from export.models.causal import CausalBackbone, CausalBackboneSize, CausalModel
 from export.models.head import DiffusionHead
+from export.writer import write_contents
 from specdec_rt.bundle import load_bundle
 from specdec_rt.chain import ChainSpec
 from specdec_rt.errors import BundleError
@@ -36,7 +30,7 @@ class CausalPair:
     name: str
     target: CausalModel
     drafts: Mapping[str, CausalModel | CausalBackbone]
-    """a bare backbone drives the target's head"""
+    """by name; a backbone without a head of its own drives the target's head"""
     chain: ChainSpec
     image: ImageLayout | None
     defaults: Defaults
@@ -44,7 +38,7 @@ class CausalPair:
 
 
 def write_bundle(pair: CausalPair, out: Path, *, precision: Precision, compute: Sequence[Precision] = ()) -> Manifest:
-    """Write the pair to `out`, as `bundles.write_contents` does."""
+    """Write the pair to `out`; options and errors are those of `write_contents`."""
     size = pair.target.backbone.size
     contents = BundleContents(
         name=pair.name,
@@ -64,7 +58,7 @@ def write_bundle(pair: CausalPair, out: Path, *, precision: Precision, compute: 
 
 
 def read_pair(folder: str | Path) -> CausalPair:
-    """The torch models of a bundle (a folder, or an embedded one's name), from its own weights."""
+    """Read a bundle (a folder, or the name of an embedded one) back into torch models."""
     bundle = load_bundle(folder)
     folder, manifest = bundle.folder, bundle.manifest
     if manifest.family != "causal":
@@ -84,6 +78,7 @@ def read_pair(folder: str | Path) -> CausalPair:
 
 def _read_model(folder: Path, name: str, record: Model, manifest: Manifest) -> CausalModel | CausalBackbone:
     assert record.cache is not None
+    # Sizes that the manifest does not hold are read from the weights' shapes.
     weights = {key: tensor.float() for key, tensor in load_file(folder / f"{name}.safetensors").items()}
     size = CausalBackboneSize(
         tokens=manifest.tokens,
@@ -94,17 +89,18 @@ def _read_model(folder: Path, name: str, record: Model, manifest: Manifest) -> C
         heads=record.cache.heads,
     )
     backbone = CausalBackbone(size, adapter_dim=record.z_dim if "backbone.adapter.weight" in weights else None)
-    backbone.load_state_dict(_under("backbone.", weights))
+    backbone.load_state_dict(_with_prefix("backbone.", weights))
     if record.head_width is None:
         return backbone.eval()
-    of_head = _under("head.", weights)
-    blocks = {key.split(".")[1] for key in of_head if key.startswith("res_blocks.")}
+    head_weights = _with_prefix("head.", weights)
+    blocks = {key.split(".")[1] for key in head_weights if key.startswith("res_blocks.")}
     head = DiffusionHead(size.token_dim, record.z_dim, record.head_width, len(blocks), learned_variance=False)
-    head.load_state_dict(of_head)
+    head.load_state_dict(head_weights)
     return CausalModel(backbone, head).eval()
 
 
-def _under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, named without it."""
     return {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
 
 
@@ -132,11 +128,12 @@ def _contents(model: CausalModel | CausalBackbone) -> ModelContents:
 
 
 def _examples(size: CausalBackboneSize, cache: CacheShape) -> list[Any]:
+    """Arguments of the backbone graph: tokens, positions, labels, caches."""
     normal = example_draws()
     slots = size.tokens + 2
     return [
         normal(EXAMPLE_IMAGES, EXAMPLE_INPUTS, size.token_dim),
-        # The last image's inputs run past its end.
+        # The last image's inputs run past its end, as drafts may.
         torch.tensor([0, size.tokens // 2, size.tokens - 2]),
         torch.arange(EXAMPLE_IMAGES),
         [normal(EXAMPLE_IMAGES, cache.heads, slots, cache.head_dim) for _ in range(2 * cache.layers)],

@@ -1,4 +1,7 @@
-"""Published checkpoints as models: safe to read, and every contradiction named."""
+"""Reads published checkpoints and builds their models.
+
+Reading runs no code from the file. A checkpoint that is incomplete or contradicts itself is refused by name.
+"""
 
 import argparse
 import math
@@ -24,32 +27,32 @@ _ALTERED = "the file was altered or put together from two: export the original"
 _DOWNLOAD = "download it again"
 _OTHER_MODEL = "is it the checkpoint of another kind of model?"
 _NOT_FOR_DECODING = ("encoder.", "quant_conv.", "loss.")
-"""What else a file of VAE weights holds: the way in, and what trained it."""
+"""Prefixes of weights in a VAE's checkpoint that decoding does not need: the encoder's and the training loss's."""
 _OLD_CLASSES = 1000
-"""rows of `class_emb` in checkpoints of the first public release, whatever their `class_num`"""
+"""Rows of `class_emb` in checkpoints of the first public release, whatever their `class_num`."""
 
 
 class CheckpointError(SpecDecError):
-    """A checkpoint cannot be used; names file, key, what was given, what was expected, and the mend."""
+    """A checkpoint cannot be used; names the file, the key, what was found, what was expected and how to mend it."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One set of weights from a file, and what the file says of them."""
+    """One set of weights from a file, and the options that they were trained with."""
 
     path: Path
     tensors: Mapping[str, Tensor]
     args: Mapping[str, Any]
-    """the options of the training command; empty where the file holds none"""
+    """options of the training command; empty where the file holds none"""
 
     def error(self, key: str, given: object, expected: object, mend: str) -> CheckpointError:
-        """The error that `key` is `given`, not `expected`."""
+        """The error which says that `key` is `given` where `expected` was expected."""
         return CheckpointError(f"{self.path}: {key} is {given}; expected {expected}; {mend}")
 
     def shape(self, key: str, rank: int) -> tuple[int, ...]:
-        """The shape of the tensor `key`. Raises CheckpointError where it is missing or not of this rank."""
+        """The shape of the tensor `key`. Raises CheckpointError where it is missing or of another rank."""
         if key not in self.tensors:
             raise self.error(key, "missing", f"a tensor of {rank} dimensions", _OTHER_MODEL)
         shape = tuple(self.tensors[key].shape)
@@ -58,14 +61,14 @@ class Checkpoint:
         return shape
 
     def count(self, name: str, default: int) -> int:
-        """The option `name`, a whole number above 0, or `default`. Raises CheckpointError where it is none."""
+        """The option `name`, or `default` where it is not given. Raises CheckpointError unless it is an int above 0."""
         value = self.args.get(name, default)
         if type(value) is not int or value < 1:
             raise self.error(f"args.{name}", repr(value), "a whole number above 0", _ALTERED)
         return value
 
     def confirm(self, name: str, found: int, where: str) -> None:
-        """Raise CheckpointError where the option `name` is given and is not what the weights at `where` show."""
+        """Raise CheckpointError where the option `name` is given and is not `found`, which the weights `where` show."""
         if name in self.args and self.args[name] != found:
             raise self.error(f"args.{name}", repr(self.args[name]), f"{found}, which {where} shows", _ALTERED)
 
@@ -73,10 +76,10 @@ class Checkpoint:
 def read_checkpoint(path: Path, *, weights: Literal["ema", "model"] = "ema") -> Checkpoint:
     """Read a `.safetensors` file, or a `.pth` or `.ckpt` file that torch saved.
 
-    A pickle may hold tensors, plain values and argparse.Namespace, nothing that runs code. Of a file
-    with `model` and `model_ema` the set that `weights` names is taken; a file with neither (and every
-    safetensors file) is one set itself. Raises CheckpointError where the file cannot be read, holds
-    anything else, or lacks the set.
+    A pickle may hold tensors, plain values and argparse.Namespace, and nothing that runs code. A published file
+    holds two sets of weights, `model` and `model_ema` (averaged over training), and `weights` chooses one; a file
+    with neither key, like every safetensors file, is one set itself. Raises CheckpointError where the file cannot
+    be read, holds anything else, or lacks the chosen set.
     """
     if path.suffix == ".safetensors":
         return Checkpoint(path, _read_safetensors(path), {})
@@ -108,7 +111,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapped, so that optimiser states and the other set of weights cost no memory.
+            # Mapped into memory: optimiser states and the other set of weights are never read.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -119,7 +122,7 @@ def _read_pickle(path: Path) -> Any:
                 f"{path}: its pickle holds {foreign[1]}, which was not loaded; expected tensors and "
                 "argparse.Namespace alone; save the weights as .safetensors where you trust the file"
             ) from error
-        # Torch opens with advice to load the file unsafely; the reason comes after it.
+        # Torch's message begins with the advice to load the file unsafely; the reason comes after it.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         detail = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
         raise CheckpointError(f"{path}: not a complete torch checkpoint ({detail}); {_DOWNLOAD}") from error
@@ -140,10 +143,10 @@ def _require_tensors(path: Path, weights: Mapping[Any, Any]) -> dict[str, Tensor
 def build_mar(checkpoint: Checkpoint, *, heads: tuple[int, int] | None = None, option: str = "--heads") -> Mar:
     """The MAR model of a checkpoint, in single precision.
 
-    Sizes come from the weights, and what the file says of them must agree. `heads` are the encoder's
-    and the decoder's attention heads, for a file that does not say them; `option` is what the user calls
-    them. Raises CheckpointError where
-    weights are missing, too many or of another shape, contradict the options, or head counts are unknown.
+    Sizes are read from the shapes of the weights, and options in the file must agree with them. `heads` are the
+    attention heads of encoder and decoder, for files that do not say; `option` is the command line's name for them.
+    Raises CheckpointError where weights are missing, surplus or of another shape, where they contradict the options,
+    and where numbers of heads are unknown.
     """
     size = _mar_size(checkpoint, heads, option)
     tensors = dict(checkpoint.tensors)
@@ -155,9 +158,9 @@ def build_mar(checkpoint: Checkpoint, *, heads: tuple[int, int] | None = None, o
 
 
 def build_vae_decoder(checkpoint: Checkpoint) -> VaeDecoder:
-    """The KL-16 decoder of a checkpoint; its encoder is left out.
+    """The KL-16 decoder of a checkpoint, without the encoder.
 
-    Raises CheckpointError where weights of the decoder are missing, too many or of another shape.
+    Raises CheckpointError where weights of the decoder are missing, surplus or of another shape.
     """
     tensors = {key: value for key, value in checkpoint.tensors.items() if not key.startswith(_NOT_FOR_DECODING)}
     with torch.device("meta"):
@@ -169,12 +172,12 @@ def build_vae_decoder(checkpoint: Checkpoint) -> VaeDecoder:
 def _mar_size(checkpoint: Checkpoint, heads: tuple[int, int] | None, option: str) -> MarSize:
     shape = checkpoint.shape
     _, tokens, decoder_width = shape("diffusion_pos_embed_learned", 3)
-    _, places, encoder_width = shape("encoder_pos_embed_learned", 3)
+    _, positions, encoder_width = shape("encoder_pos_embed_learned", 3)
     token_dim = shape("z_proj.weight", 2)[1]
     outputs = shape("diffloss.net.final_layer.linear.weight", 2)[0]
-    if places <= tokens:
-        expected = f"more than the {tokens} places of diffusion_pos_embed_learned"
-        raise checkpoint.error("encoder_pos_embed_learned", f"of {places} places", expected, _OTHER_MODEL)
+    if positions <= tokens:
+        expected = f"more than the {tokens} positions of diffusion_pos_embed_learned"
+        raise checkpoint.error("encoder_pos_embed_learned", f"of {positions} positions", expected, _OTHER_MODEL)
     image, stride, patch, channels = _tiling(checkpoint, tokens, token_dim)
     size = MarSize(
         image=image,
@@ -182,7 +185,7 @@ def _mar_size(checkpoint: Checkpoint, heads: tuple[int, int] | None, option: str
         patch=patch,
         channels=channels,
         classes=_classes(checkpoint),
-        buffer=places - tokens,
+        buffer=positions - tokens,
         encoder_width=encoder_width,
         encoder_depth=_depth(checkpoint, "encoder_blocks."),
         encoder_heads=_heads(checkpoint, "encoder", encoder_width, None if heads is None else heads[0], option),
@@ -201,7 +204,7 @@ def _mar_size(checkpoint: Checkpoint, heads: tuple[int, int] | None, option: str
 
 
 def _tiling(checkpoint: Checkpoint, tokens: int, token_dim: int) -> tuple[int, int, int, int]:
-    """Image, stride, patch and channels; where the file does not say them, those of the published VAE."""
+    """Image size, stride, patch and channels; the published VAE's where the file does not say."""
     stride = checkpoint.count("vae_stride", 16)
     channels = checkpoint.count("vae_embed_dim", 16)
     patch = checkpoint.count("patch_size", max(math.isqrt(token_dim // channels), 1))
@@ -224,7 +227,7 @@ def _classes(checkpoint: Checkpoint) -> int:
 
 
 def _depth(checkpoint: Checkpoint, prefix: str) -> int:
-    """How many blocks `prefix` numbers; a gap shows as missing weights later."""
+    """The number of blocks under `prefix`; a gap in their numbers shows later, as missing weights."""
     numbers = {key.removeprefix(prefix).partition(".")[0] for key in checkpoint.tensors if key.startswith(prefix)}
     return max(len(numbers), 1)
 
@@ -256,16 +259,16 @@ def _confirm_preset(checkpoint: Checkpoint, size: MarSize) -> None:
     if preset is None:
         return
     for field in ("encoder_width", "encoder_depth", "decoder_width", "decoder_depth"):
-        said, found = getattr(preset, field), getattr(size, field)
-        if said != found:
-            given = f"{name!r} ({field} {said})"
+        expected, found = getattr(preset, field), getattr(size, field)
+        if expected != found:
+            given = f"{name!r} ({field} {expected})"
             raise checkpoint.error("args.model", given, f"{field} {found}, which the weights show", _ALTERED)
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-    """Make `tensors`, in single precision, the parameters of `model`, which is on the meta device.
+    """Give `model`, which is on the meta device, `tensors` as its parameters, in single precision.
 
-    Raises CheckpointError, naming the checkpoint's file, where they are not exactly the model's.
+    Raises CheckpointError, which names the checkpoint's file, where they are not exactly the model's.
     """
     expected = model.state_dict()
     missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -283,5 +286,6 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, tensors: Mapping[str,
 
 
 def _first(keys: list[str]) -> str:
+    """The first key, and how many more there are."""
     others = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
     return keys[0] + others

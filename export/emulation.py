@@ -1,8 +1,8 @@
-"""What a half-precision graph computes, in a graph that ONNX Runtime's CPU kernels compute faithfully.
+"""Emulates a half-precision graph by one that ONNX Runtime's CPU kernels compute faithfully.
 
-They have no bf16 at all. With fp16 they compute in single precision between casts, and ONNX Runtime then takes
-casts out that face each other: 300 · 300 / 100 in fp16 is 900 there, not infinite, and most of a graph differs
-from single precision by 0. It runs, but says nothing of what a GPU will make of it.
+These kernels have no bf16. They compute fp16 in single precision between casts, and ONNX Runtime removes casts that
+undo each other: 300 · 300 / 100 in fp16 gives 900 there, where a GPU gives infinity, and most of a graph equals
+single precision exactly. So running the fp16 graph itself says nothing of what a GPU makes of it.
 """
 
 import onnx
@@ -18,7 +18,7 @@ __all__ = ["emulated"]
 def emulated(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
     """A graph in single precision that rounds every value which `model` holds in `precision`, to nearest.
 
-    As on a GPU each operation is exact but for its result: sums over a product's inner axis are in single precision.
+    As on a GPU, only the result of an operation is rounded: a matrix product sums in single precision.
     """
     element, types = ONNX_TYPES[precision], value_types(model)
     copy = onnx.ModelProto()

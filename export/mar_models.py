@@ -10,19 +10,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from export.bundles import (
-    EXAMPLE_IMAGES,
-    BundleContents,
-    DecoderContents,
-    ModelContents,
-    example_draws,
-    parameter_count,
-    write_contents,
-)
 from export.checkpoints import build_vae_decoder, load_weights, read_checkpoint
+from export.contents import BundleContents, DecoderContents, ModelContents, parameter_count
+from export.examples import EXAMPLE_IMAGES, example_draws
 from export.graphs import DecoderGraph, MarBackboneGraph
 from export.models.mar import Mar, MarBackbone, MarSize
 from export.models.vae import VaeDecoder
+from export.writer import write_contents
 from specdec_rt.bundle import load_bundle
 from specdec_rt.chain import ChainSpec
 from specdec_rt.errors import BundleError, UsageError
@@ -31,9 +25,9 @@ from specdec_rt.manifest import Defaults, ImageLayout, Manifest, Model, Precisio
 __all__ = ["MarPair", "image_layout", "read_mar_pair", "write_mar_bundle"]
 
 SIZE_KEY = "mar"
-"""Metadata of a weights file: the MarSize and the adapter's dimension, as JSON."""
+"""Key in a weights file's metadata, under which the MarSize and the adapter's size are kept as JSON."""
 VAE_STRIDE, VAE_CHANNELS = 16, 16
-"""of the latents that the KL-16 decoder takes"""
+"""of the latents that the KL-16 decoder reads"""
 PIXEL_CHANNELS: dict[int, Literal[1, 3]] = {1: 1, 3: 3}
 
 
@@ -44,16 +38,16 @@ class MarPair:
     name: str
     target: Mar
     drafts: Mapping[str, MarBackbone]
-    """a bare backbone (no Mar) drives the target's head"""
+    """by name; a MarBackbone that is no Mar has no head of its own and drives the target's"""
     chain: ChainSpec
     defaults: Defaults
     vae: VaeDecoder | None
-    """makes the pixels; without it tokens are pixels themselves or stay tokens"""
+    """turns tokens into pixels; None where tokens are pixels themselves, or where only tokens are wanted"""
     provenance: Mapping[str, Any]
 
 
 def write_mar_bundle(pair: MarPair, out: Path, *, precision: Precision, compute: Sequence[Precision] = ()) -> Manifest:
-    """Write the pair to `out`, as `bundles.write_contents` does."""
+    """Write the pair to `out`; options and errors are those of `write_contents`."""
     size, vae = pair.target.size, pair.vae
     contents = BundleContents(
         name=pair.name,
@@ -73,9 +67,9 @@ def write_mar_bundle(pair: MarPair, out: Path, *, precision: Precision, compute:
 
 
 def image_layout(size: MarSize, *, vae: bool) -> ImageLayout | None:
-    """How the tokens tile an image; None where nothing makes pixels of them.
+    """How the tokens tile an image; None where nothing can turn them into pixels.
 
-    Raises UsageError where a VAE decoder does not take tokens of this kind.
+    Raises UsageError where a VAE decoder is given that does not read latents of this kind.
     """
     if vae and (size.stride, size.channels) != (VAE_STRIDE, VAE_CHANNELS):
         raise UsageError(
@@ -94,7 +88,7 @@ def image_layout(size: MarSize, *, vae: bool) -> ImageLayout | None:
 
 
 def read_mar_pair(folder: str | Path) -> MarPair:
-    """The torch models of a bundle (a folder, or an embedded one's name), from its own weights."""
+    """Read a bundle (a folder, or the name of an embedded one) back into torch models."""
     bundle = load_bundle(folder)
     folder, manifest = bundle.folder, bundle.manifest
     if manifest.family != "mar":
@@ -151,7 +145,7 @@ def _contents(model: MarBackbone) -> ModelContents:
 
 
 def _examples(size: MarSize) -> list[Tensor]:
-    """Tokens, visible sets of none to a quarter of the positions, their mask, labels, queries; no size is 0 or 1."""
+    """Arguments of the backbone graph: tokens, visible positions (up to a quarter), their mask, labels, queries."""
     generator = torch.Generator().manual_seed(0)
     order = torch.stack([torch.randperm(size.tokens, generator=generator) for _ in range(EXAMPLE_IMAGES)])
     visible = order[:, : max(size.tokens // 4 + 1, 2)]

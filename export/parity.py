@@ -1,6 +1,6 @@
 """Replay a recorded reference through a MAR bundle's engines: `python -m export.parity DIR REFERENCE.npz`.
 
-`docs/mar.md` says what the file holds. Exit code 1: something differs by more than its tolerance, or is missing.
+`docs/mar.md` says what the file holds. The exit code is 1 where a quantity is over its tolerance or missing.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from export.bundles import tell
+from export.console import print_line
 from export.replay import replay
 from specdec_rt import SpecDecError, load
 
@@ -20,15 +20,15 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Replay, print a line for each quantity; 0 where all are within their tolerances."""
+    """Replay and print a table of the quantities; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m export.parity", description=__doc__)
     parser.add_argument("bundle", metavar="DIR", help="a MAR bundle")
-    parser.add_argument("reference", type=Path, metavar="REFERENCE.npz")
+    parser.add_argument("reference", type=Path, metavar="REFERENCE.npz", help="what your own PyTorch recorded")
     arguments = parser.parse_args(argv)
     try:
-        comparisons = replay(load(arguments.bundle), arguments.reference)
+        comparisons = replay(load(arguments.bundle), arguments.reference, progress=print_line)
     except SpecDecError as error:
-        tell(f"error: {error}")
+        print_line(f"error: {error}")
         return error.exit_code
     table = Table("quantity", "relative L2 error", "tolerance", "")
     for comparison in comparisons:

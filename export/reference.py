@@ -1,4 +1,4 @@
-"""A file of what a MAR reference recorded, and the checks that its arrays must pass before they are used."""
+"""The `.npz` file that a MAR reference recorded. Arrays are checked before they are used; `docs/mar.md` lists them."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,18 +12,18 @@ from specdec_rt import SpecDecError
 from specdec_rt.config import GuidanceSchedule
 from specdec_rt.types import Array, FloatArray, IntArray
 
-__all__ = ["Recording", "RecordingError", "Reference"]
+__all__ = ["RecordedSampling", "RecordingError", "Reference"]
 
 
 class RecordingError(SpecDecError):
-    """A reference cannot be replayed; names the array, what was given and what was expected."""
+    """A reference cannot be replayed; names the array, what was found and what was expected."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
-class Recording:
-    """How a recorded file was sampled: its string `meta`."""
+class RecordedSampling:
+    """How the recorded images and chains were sampled: the file's string `meta`."""
 
     ar_steps: int
     guidance: float
@@ -32,7 +32,7 @@ class Recording:
 
 
 class Reference(Mapping[str, Array]):
-    """The arrays of a recorded file."""
+    """The arrays of a recorded file, by name; a missing one raises RecordingError."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -56,7 +56,7 @@ class Reference(Mapping[str, Array]):
         return len(self._arrays)
 
     def floats(self, name: str, *shape: int | None) -> FloatArray:
-        """The array, float32. Raises RecordingError where it is missing or not of `shape` (None: any size)."""
+        """The array in float32. Raises RecordingError unless it holds numbers and is of `shape` (None: any size)."""
         array = self[name]
         fits = array.ndim == len(shape) and all(
             size in (None, found) for size, found in zip(shape, array.shape, strict=True)
@@ -67,22 +67,24 @@ class Reference(Mapping[str, Array]):
         return np.ascontiguousarray(array, np.float32)
 
     def whole(self, name: str, *shape: int | None, below: int) -> IntArray:
-        """The array, int64, of whole numbers from 0 to `below` - 1. Raises RecordingError where it is none."""
+        """The array in int64. Raises RecordingError unless it is of `shape` and holds whole numbers 0 … `below` - 1."""
         self.floats(name, *shape)
         array = np.asarray(self[name])
         if array.size == 0 or (array != np.floor(array)).any() or array.min() < 0 or array.max() >= below:
             raise RecordingError(f"{name} does not hold whole numbers from 0 to {below - 1}")
         return array.astype(np.int64)
 
-    def recording(self) -> Recording:
-        """What `meta` says."""
+    def sampling(self) -> RecordedSampling:
+        """The fields of `meta`. Raises RecordingError where it lacks one."""
         text = " ".join(value.decode() if isinstance(value, bytes) else str(value) for value in np.ravel(self["meta"]))
         fields = dict(re.findall(r"(\w+)=(\S+)", text))
         try:
             schedule = fields["cfg_schedule"]
             if schedule not in ("linear", "constant"):
                 raise ValueError(f"cfg_schedule is {schedule!r}")
-            return Recording(int(fields["ar_steps"]), float(fields["cfg"]), schedule, float(fields["temperature"]))
+            return RecordedSampling(
+                int(fields["ar_steps"]), float(fields["cfg"]), schedule, float(fields["temperature"])
+            )
         except (KeyError, ValueError) as error:
             raise RecordingError(
                 f"meta is {text!r} ({error}); expected "

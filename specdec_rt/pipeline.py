@@ -39,6 +39,7 @@ DEFAULT_BATCH_SIZE = 16
 
 Progress = Callable[[int, int], None]
 """`(tokens committed, tokens in all)`."""
+MakeVerifier = Callable[[Session, Plan], Verifier]
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Pipeline:
     """A bundle on a backend. Engines are made when a request first needs them, then kept.
 
     Calls from several threads take turns: they share engines and buffers. `workers` are pipelines on the same bundle
-    that images are shared out to. `exact_verifier` judges in `exact` mode; benchmarks that record or force verdicts
-    hand in a subclass.
+    that images are shared out to. `exact_verifier` and `paper_verifier` make what judges in these modes; benchmarks
+    hand in what makes a subclass, to record verdicts or to force them.
     """
 
     def __init__(
@@ -106,13 +107,15 @@ class Pipeline:
         workers: Sequence["Pipeline"] = (),
         *,
         tuning: Tuning | None = None,
-        exact_verifier: type[ExactVerifier] = ExactVerifier,
+        exact_verifier: MakeVerifier = ExactVerifier,
+        paper_verifier: MakeVerifier = PaperVerifier,
     ) -> None:
         self.bundle = bundle
         self.backend = backend
         self.models = Models(bundle, backend, tuning or Tuning())
         self._tuning = tuning or Tuning()
         self._exact_verifier = exact_verifier
+        self._paper_verifier = paper_verifier
         self._workers = [self, *workers]
         self._controllers: dict[tuple[object, ...], DraftLengthController] = {}
         self._turn = threading.RLock()
@@ -205,9 +208,19 @@ class Pipeline:
             session = self.models.session(plan, chain)
             return DecodingSetup(plan, session, self._verifier(plan, session), self._controller(plan))
 
+    def with_backend(self, backend: Backend) -> "Pipeline":
+        """A pipeline without workers that is like this one in all but the backend."""
+        return Pipeline(
+            self.bundle,
+            backend,
+            tuning=self._tuning,
+            exact_verifier=self._exact_verifier,
+            paper_verifier=self._paper_verifier,
+        )
+
     def _verifier(self, plan: Plan, session: Session) -> Verifier | None:
         if plan.mode == "paper":
-            return PaperVerifier(session, plan)
+            return self._paper_verifier(session, plan)
         return self._exact_verifier(session, plan) if plan.mode == "exact" else None
 
     def _controller(self, plan: Plan) -> DraftLengthController | None:

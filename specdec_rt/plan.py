@@ -13,6 +13,7 @@ from specdec_rt.config import AUTO, SELF_DRAFT, DecodeOptions, GuidanceSchedule,
 from specdec_rt.draft_steps import choose_draft_steps
 from specdec_rt.errors import UsageError
 from specdec_rt.manifest import Manifest
+from specdec_rt.noise import Draws, Purpose
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
 __all__ = ["Plan", "Tuning", "make_plan", "schedule_of"]
@@ -81,6 +82,13 @@ class Plan:
     def guidance_at(self, ar_step: IntArray) -> FloatArray:
         """Weights `[G, R]` of the guidance branches for tokens made at `ar_step [R]`."""
         return self._guidance[:, ar_step]
+
+    def draw_order(self, draws: Draws, images: IntArray) -> IntArray:
+        """`[B, L]` the positions of images in the order in which they are predicted; `images [B]` key their noise."""
+        if not self.random_order:
+            return np.tile(np.arange(self.tokens), (len(images), 1))
+        uniform = draws.uniform(images, np.zeros_like(images), Purpose.ORDER, self.tokens)
+        return np.argsort(uniform, axis=1, kind="stable")
 
 
 def make_plan(

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and how it gets to disk."""
+"""What a figure was measured on, and how it is written to disk."""
 
 import functools
 import json
@@ -18,12 +18,12 @@ from specdec_rt.errors import BackendError
 __all__ = ["machine_record", "write_json"]
 
 PACKAGES = {"torch": ("torch",), **doctor.PACKAGES}
-"""Names under which each is packaged."""
+"""The names under which each library is packaged."""
 
 
 @functools.cache
 def machine_record() -> dict[str, Any]:
-    """Device, driver, versions, commit and command, as plain values for JSON."""
+    """The device, its driver, versions of libraries, commit and command, as plain values for JSON."""
     found: dict[str, Any] = {
         "commit": _commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -49,7 +49,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def _commit() -> str:
-    """Of the working tree, with "+" where files differ from it; $COMMIT where there is no repository."""
+    """The commit of the working tree, with "+" where files differ from it; $COMMIT where there is no repository."""
     root = Path(__file__).parents[2]
     try:
         found = subprocess.run(

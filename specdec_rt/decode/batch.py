@@ -9,11 +9,11 @@ import numpy as np
 from specdec_rt.decode.round import RowInputs
 from specdec_rt.decode.session import Session
 from specdec_rt.families.position_batch import PositionBatch
-from specdec_rt.noise import Draws, Purpose, TokenNoise
+from specdec_rt.noise import Draws, TokenNoise
 from specdec_rt.plan import Plan
 from specdec_rt.types import BoolArray, FloatArray, IntArray
 
-__all__ = ["Batch", "draw_order"]
+__all__ = ["Batch"]
 
 
 class Batch:
@@ -26,7 +26,7 @@ class Batch:
         self._session, self._plan, self._draws = session, plan, draws
         self._labels, self._image_keys, self._most = labels, images, slots
         self._transitions, dim = head.chain.length, head.token_dim
-        self._order = draw_order(plan, draws, images)
+        self._order = plan.draw_order(draws, images)
         self.shown = np.zeros((len(images), plan.tokens, dim), np.float32)
         """`[B, L, D]` the tokens to show"""
         self._admitted = 0
@@ -121,11 +121,3 @@ class Batch:
         slot, position = positions.image_index[rows], positions.position[rows]
         self.tokens[slot, position] = token
         self.shown[self.image_of_slot[slot], position] = mean if self._plan.emit_mean else token
-
-
-def draw_order(plan: Plan, draws: Draws, images: IntArray) -> IntArray:
-    """`[B, L]` each image's positions in the order in which they are predicted."""
-    if not plan.random_order:
-        return np.tile(np.arange(plan.tokens), (len(images), 1))
-    uniform = draws.uniform(images, np.zeros_like(images), Purpose.ORDER, plan.tokens)
-    return np.argsort(uniform, axis=1, kind="stable")

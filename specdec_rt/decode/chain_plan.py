@@ -75,6 +75,7 @@ class CallBuffers:
         """`[n, R, D]`"""
         self.std = device.aligned((n, rows, dim), np.float32) if head.learned_std else None
         """`[n, R, D]`, where the chain learns it"""
+        self.made = [self.state, self.mean, *([] if self.std is None else [self.std])]
         steps = head.capacity.modulation_steps(rows, head.modulation_width, n)
         self.modulation = head.modulation_buffer(branches, rows, steps)
         """`[steps, R, G, M]`, of as many steps at a time as fit"""
@@ -87,14 +88,8 @@ class CallBuffers:
         """Call number `call` on `modulation [R, G, M]`, of transitions `step [R]`."""
         key = call, modulation.ctypes.data, step.ctypes.data
         if key not in self._bound:
-            inputs = {
-                "state": self.state[call],
-                "modulation": modulation,
-                "guidance": self.guidance,
-                "coefficients": head.coefficients,
-                "step": step,
-                "noise": self.noise[call],
-            }
+            inputs = {"state": self.state[call], "modulation": modulation, "guidance": self.guidance, "step": step}
+            inputs |= {"coefficients": head.coefficients, "noise": self.noise[call]}
             std = {} if self.std is None else {"std": self.std[call]}
             outputs = {"next_state": self.state[call + 1], "mean": self.mean[call], **std}
             self._bound[key] = head.engines.denoise_step.bind(inputs, outputs)
@@ -144,18 +139,12 @@ class FullChains(_Chains):
                 self.calls.append(buffers.evaluate(head, call, modulation, self._step[call]))
         self.token = buffers.state[count]
         """`[R, D]`, in one piece"""
-        for left, made_by_call in (
-            (arrays.path, buffers.state),
-            (arrays.mean, buffers.mean),
-            (arrays.std, buffers.std),
-        ):
-            if left is not None and made_by_call is not None:
-                self.calls.append(device.copy(left, made_by_call[: left.shape[1]].swapaxes(0, 1)))
-        if own_begin:
-            self.inputs = [self._step, *(steps for _, steps in self._made)]
-        else:
-            self._fill_modulation_steps()
-            device.upload(*(steps for _, steps in self._made))()
+        for to, of in zip(arrays.drawn, buffers.made, strict=True):
+            self.calls.append(device.copy(to, of[: to.shape[1]].swapaxes(0, 1)))
+        modulation_steps = [steps for _, steps in self._made]
+        self.inputs = [self._step, *modulation_steps] if own_begin else []
+        self._fill_modulation_steps()
+        device.upload(*modulation_steps)()
 
     def begin_at(self, begin: IntArray) -> None:
         """Row r begins before transition `begin[r]` of the whole chain."""
@@ -264,14 +253,10 @@ class StridedChains(_Chains):
     def _hold(self, head: Head, call: int) -> BoundCall:
         """What follows the call on its prediction x̂₀."""
         buffers, arrays, (begins, ends) = self._buffers, self._arrays, self._window
-        return head.device.linear_recurrence(
-            arrays.path,
-            arrays.mean,
-            arrays.normals,
-            (buffers.state[call], buffers.state[call + 1], buffers.mean[call]),
-            (begins[call], ends[call]),
-            self._coefficients,
-        )
+        evaluated = buffers.state[call], buffers.state[call + 1], buffers.mean[call]
+        window, coefficients = (begins[call], ends[call]), self._coefficients
+        to = arrays.path, arrays.mean, arrays.normals
+        return head.device.linear_recurrence(*to, evaluated, window, coefficients)
 
 
 def _slices(count: int, size: int) -> Sequence[slice]:

@@ -114,7 +114,8 @@ class Decoder:
         """Let the draft take in what the target made alone of the first AR steps."""
         batch, self._draft_is_behind = self.batch, False
         if self._session.draft is not None and batch.under_way.any():
-            calls = self._session.catch_up(batch.order, self._plan.schedule.known, batch.tokens, ar_steps)
+            backbone, known = self._session.draft.backbone, self._plan.schedule.known
+            calls = backbone.catch_up(batch.order, known, batch.tokens, ar_steps)
             self._counters.draft_backbone_calls += calls * int(batch.under_way.sum())
 
     # --- a round ----------------------------------------------------------------------------------------

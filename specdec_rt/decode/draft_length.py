@@ -3,20 +3,19 @@
 The policy, kept apart for each `CostBucket` (rounds with about as many slots and about as large sets of tokens):
 
 1. Measure the target alone (length 0) first. The first round of any length is not counted: buffers are made in it.
-2. A round of length γ takes its usual seconds, and those of a completion if any image has a token rejected.
-3. It commits `1 + p + … + p^(γ-1)` AR steps of an image. Here `p`, the probability that a whole set is accepted, is
-   the acceptance rate to the power of the set's size.
-4. Images advance unevenly, and the slowest decides when a batch ends: with several images, take that much off.
-5. Use the length with the fewest seconds per AR step. A draft has to beat the target alone by a margin.
-6. Lengths double from one to the next. What a length not tried yet takes at least is read off the shorter ones. If
-   one might be the best even so, try the shortest of those. Try the others again now and then, in a small share of
-   the time.
+2. A round of length γ takes its usual seconds, and those of a completion if any token is rejected.
+3. It commits `1 + p + … + p^(γ-1)` AR steps of an image on average. Here `p`, the probability that a whole set of
+   tokens is accepted, is the acceptance rate to the power of the set's size.
+4. Of several images, some advance more slowly than that, and the slowest decides when the batch ends: allow for it.
+5. Use the length with the fewest seconds per AR step. Drafting has to beat the target alone by a margin.
+6. A length not tried yet costs at least what the shorter ones suggest. If that would make it the best, try the
+   shortest untried one. Try known lengths again now and then, for a small share of the time.
 
-Why the controller sees so little: in `exact` mode a changing draft length keeps the target's distribution as long as
-it depends on the past alone, on clock times and on verdicts on final tokens. The noise of tokens still to come must
-have no say, nor may verdicts on dropped drafts, whose noise is used again: if they made the target take over, some
-tokens would be favoured. What the choice does change is which image a seed gives: a token made by the target alone
-uses its noise for the target's chain, a drafted one for the draft's.
+Why the controller is told so little: in `exact` mode a changing draft length keeps the target's distribution as long
+as it depends on the past alone: on clock times, and on verdicts on final tokens. The noise of tokens still to come must
+have no say. Nor must verdicts on dropped drafts, whose noise is used again: if they made the target take over, some
+tokens would be favoured. What the choice does change is which image a seed gives, since a token uses its noise for the
+draft's chain if it is drafted, and for the target's if the target makes it alone.
 """
 
 import math
@@ -33,14 +32,14 @@ FIRST_TARGET_ROUNDS = 32
 """AR steps by the target alone before all else, for a third of an image at most: a new process is slow at first."""
 TRIES = 2
 """Rounds after which the cost of a length is known; one more comes before them, which is not counted."""
-ROUND_WINDOW, COMPLETION_WINDOW = 9, 32
+WINDOW = 9
 """How many rounds of a length, and how many completions, are remembered."""
 HALF_LIFE = 512
 """Judged tokens after which a verdict counts half."""
 MARGIN = 1.05
-"""How much faster than the target alone a draft has to look: estimates err, and the best of several looks too good."""
+"""How much faster than the target alone drafting has to look: estimates err, and the best of several looks too good."""
 RETRY_SHARE, TARGET_RETRY_SHARE = 0.005, 0.02
-"""Share of the time for trying a length again; and the target alone, with which all others are compared."""
+"""Share of the time for trying one length again; larger for the target alone, which all others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,9 @@ def lower_quartile(seconds: Sequence[float]) -> float:
 class CostBucket:
     """What rounds cost that have about as many slots and about as large sets of tokens, in seconds per slot."""
 
-    begun: set[int] = field(default_factory=set)
-    """lengths whose first round, which is not counted, is over"""
     round_seconds: dict[int, deque[float]] = field(default_factory=dict)
-    """of the last rounds of each length, without completions"""
-    completion_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=COMPLETION_WINDOW))
+    """of the last rounds of each length, without completions; the first round of a length is not counted"""
+    completion_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     catch_up_seconds: float = 0.0
     """of the last time that the draft had to catch up"""
     total_seconds: float = 0.0
@@ -83,13 +80,13 @@ class CostBucket:
     def add(self, record: RoundRecord, slots: int) -> None:
         """Take in what a round of so many slots cost."""
         length = record.draft_length
-        if length not in self.begun:
-            self.begun.add(length)
+        if length not in self.round_seconds:
+            self.round_seconds[length] = deque(maxlen=WINDOW)
             return
         elapsed = (record.seconds + record.completion_seconds + record.catch_up_seconds) / slots
         self.total_seconds += elapsed
         self.retry_at[length] = self.total_seconds + elapsed / (RETRY_SHARE if length else TARGET_RETRY_SHARE)
-        self.round_seconds.setdefault(length, deque(maxlen=ROUND_WINDOW)).append(record.seconds / slots)
+        self.round_seconds[length].append(record.seconds / slots)
         if record.completion_seconds:
             self.completion_seconds.append(record.completion_seconds / slots)
         if record.catch_up_seconds:
@@ -143,10 +140,10 @@ class DraftLengthController:
         self._hold_rounds, self._held = hold_rounds, 0
         self._set_sizes: list[int] = (known[1:] - known[:-1]).tolist()
         self._target_rounds_due = min(FIRST_TARGET_ROUNDS, len(self._set_sizes) // 3)
-        self._accepted, self._judged = 1.0, 1.0  # hopeful, as what is never tried can show no better rate
+        self._accepted, self._judged = 1.0, 1.0  # optimistic: a draft never tried cannot improve its rate
         self._buckets: defaultdict[tuple[int, int], CostBucket] = defaultdict(CostBucket)
         self._bucket = CostBucket()
-        self._batch_slots, self._slots, self._length = 1, 1, 0
+        self._batch_slots, self._is_full, self._length = 1, True, 0
 
     def begin_batch(self, slots: int) -> None:
         """Images begin in so many slots. Later, when there are fewer, nothing is tried and no cost is recorded."""
@@ -161,7 +158,7 @@ class DraftLengthController:
         mean_step, most_left = int(ar_step.sum()) // images, steps - int(ar_step.min())
         # Costs are alike for slot counts within a factor of √2, and for set sizes within a factor of 2.
         bucket = self._buckets[round(2 * math.log2(self._batch_slots)), self._set_sizes[mean_step].bit_length()]
-        self._slots = slots
+        self._is_full = slots == self._batch_slots
         if self._held and bucket is self._bucket and self._length <= most_left:
             self._held -= 1
         else:
@@ -177,10 +174,11 @@ class DraftLengthController:
         kept = 0.5 ** (judged / HALF_LIFE)
         self._accepted = self._accepted * kept + record.accepted
         self._judged = self._judged * kept + judged
-        if self._slots == self._batch_slots:
-            self._bucket.add(record, self._slots)
+        if self._is_full:
+            self._bucket.add(record, self._batch_slots)
 
     def _set_acceptance(self, step: int, images: int) -> float:
+        """The probability that all tokens of a set are accepted, for images that make AR step `step` on average."""
         coming = self._set_sizes[step:]
         # One image keeps what it gains now. Of several, the slowest counts: what the others gain on it while sets are
         # small is lost if the target has to go on alone once sets are larger.
@@ -194,34 +192,39 @@ class DraftLengthController:
         if self._target_rounds_due or not bucket.knows(0):
             self._target_rounds_due = max(self._target_rounds_due - 1, 0)
             return 0
-        may_try = self._slots == self._batch_slots
         known = [length for length in lengths if bucket.knows(length)]
-        forecast = self._forecast(lengths if may_try else known, progress)
+        forecast = self._forecast(lengths if self._is_full else known, progress)
         best = min(forecast, key=forecast.__getitem__)
         if best not in known:
             return min(set(lengths) - set(known))
         for length in known:
-            if may_try and length != best and bucket.retry_at[length] <= bucket.total_seconds:
+            if self._is_full and length != best and bucket.retry_at[length] <= bucket.total_seconds:
                 return length
         self._held = self._hold_rounds
         return best
 
     def _forecast(self, lengths: list[int], progress: BatchProgress) -> dict[int, float]:
         """Seconds per AR step at each length; at least so many where a length was not tried yet."""
-        bucket, seconds = self._bucket, dict[int, float]()
+        bucket = self._bucket
+        seconds: dict[int, float] = {}
         for length in lengths:
             if bucket.knows(length):
                 seconds[length] = self._estimate(bucket.round_seconds[length])
-            else:  # on a straight line, the next length is twice as far from the last one as that from the one before
-                half = seconds[length // 2] if length > 1 else 0.0
-                quarter = seconds[length // 4] if length > 3 else half
-                seconds[length] = half + 2 * max(half - quarter, 0.0)
+            else:
+                seconds[length] = _least_seconds(length, seconds)
         completion = bucket.mean_completion(seconds[0])
         catch_up = bucket.catch_up_seconds / progress.steps_left if progress.draft_is_behind else 0.0
         return {
             length: MARGIN * (_seconds_per_step(length, each, completion, progress) + catch_up) if length else each
             for length, each in seconds.items()
         }
+
+
+def _least_seconds(length: int, shorter: dict[int, float]) -> float:
+    """What a round of a new length takes at least if shorter ones take so much: costs grow along a straight line."""
+    half = shorter[length // 2] if length > 1 else 0.0
+    quarter = shorter[length // 4] if length > 3 else half
+    return half + 2 * max(half - quarter, 0.0)  # lengths double, and so does each further rise
 
 
 def _seconds_per_step(length: int, round_seconds: float, completion: float, progress: BatchProgress) -> float:

@@ -9,7 +9,6 @@ al., arXiv 2501.05370), block verification along them (Soen et al., arXiv 2606.1
 import numpy as np
 
 from specdec_rt.acceptance import block_verify
-from specdec_rt.decode.batch import draw_order
 from specdec_rt.decode.head import Head, Trajectory
 from specdec_rt.decode.model import Model
 from specdec_rt.families.position_batch import PositionBatch
@@ -24,7 +23,7 @@ __all__ = ["decode_exact", "verify"]
 def decode_exact(target: Model, draft: Model, plan: Plan, draws: Draws, image: int, label: int) -> FloatArray:
     """The tokens to show `[L, D]` of the image whose noise has the key `image`; a self-draft is the target itself."""
     n, dim, known = target.head.chain.length, target.head.token_dim, plan.schedule.known
-    order = draw_order(plan, draws, np.array([image]))
+    order = plan.draw_order(draws, np.array([image]))
     tokens = np.zeros((1, plan.tokens, dim), np.float32)  # what is fed back: the chains' last states
     shown = np.zeros_like(tokens)  # the same, or the means around which those were drawn (`plan.emit_mean`)
     for model in (target, draft):

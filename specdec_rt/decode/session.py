@@ -90,7 +90,6 @@ class Session:
         self._block = kept(self._record_block)
         self._verification = kept(self._record_verification)
         self._suffixes = kept(self._record_suffixes)
-        self._catch_up = kept(self._record_catch_up)
 
     @property
     def models(self) -> list[Model]:
@@ -171,21 +170,6 @@ class Session:
         calls = 1 + (self.resume_step_mask & (np.arange(n) > left.begin[:, None])).sum(axis=1)
         return Speculation(Trajectory(path, mean), Trajectory(path, target_mean), left.begin), calls
 
-    def catch_up(self, order: IntArray, known: IntArray, tokens: FloatArray, steps: int) -> int:
-        """Let the draft take in `tokens [A, L, D]` of the first AR steps; returns its backbone calls per image.
-
-        `order [A, L]` and `known [T + 1]` as in `PositionBatch`.
-        """
-        assert self.draft is not None
-        call = self.draft.backbone.catch_up(order, known, steps)
-        if call is None:
-            return 0
-        token_buffer, launch = self._catch_up(call, tokens.shape)
-        token_buffer[:] = tokens
-        launch()
-        self.device.wait()
-        return 1
-
     def _launch_suffixes(self, left: ChainSuffixes, *, resumed: bool) -> _Suffixes:
         """Finish the chains, or draft what is left of them and evaluate that. Padding repeats the last row."""
         (call, z_rows, padded), count, n = self._last_round, len(left.rows), left.noise.shape[1]
@@ -265,11 +249,6 @@ class Session:
         upload = device.upload(drawn.guidance, drawn.normals, chains.z_row, *chains.inputs)
         launch = device.record([upload, *chains.calls, *evaluated, device.download(*drawn.drawn)])
         return _Suffixes(drawn, target, chains, launch)
-
-    def _record_catch_up(self, call: BackboneCall, shape: tuple[int, ...]) -> tuple[Array, BoundCall]:
-        device = self.device
-        token_buffer = device.zeros(shape, np.float32)
-        return token_buffer, device.record([device.upload(token_buffer, *call.inputs), *call.run(device, token_buffer)])
 
 
 def _fill_block(block: _Block, prepared: list[Prepared], rows: PaddedRows, inputs: RowInputs) -> None:

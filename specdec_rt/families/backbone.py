@@ -68,8 +68,8 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def catch_up(self, order: IntArray, known: IntArray, steps: int) -> BackboneCall | None:
-        """A filled call that takes in the tokens another model made in the first AR steps; None where none is needed.
+    def catch_up(self, order: IntArray, known: IntArray, tokens: FloatArray, steps: int) -> int:
+        """Take in `tokens [A, L, D]` that another model made in the first AR steps; returns the calls it took.
 
         `order [A, L]` and `known [T + 1]` as in `PositionBatch`.
         """
@@ -84,6 +84,7 @@ class Backbone(ABC):
         token_buffer[:] = tokens
         call, rows = self.prepare(positions)
         steps = [device.upload(token_buffer, *call.inputs), *call.run(device, token_buffer), device.download(call.z)]
-        device.record(steps)()
+        for step in steps:
+            step()
         device.wait()
         return np.asarray(call.z[rows])

@@ -87,9 +87,11 @@ class CausalBackbone(Backbone):
         label.reshape(images, self.branches)[:] = self._labels.T
         return call, (positions.image_index * self.branches + branch) * length + positions.offset
 
-    def catch_up(self, order: IntArray, known: IntArray, steps: int) -> BackboneCall | None:
-        """The call that fills the caches with all these tokens but the last, which the next call feeds anyway."""
-        return self.prepare(PositionBatch.of(order, known, np.zeros(len(order), np.int64), steps))[0] if steps else None
+    def catch_up(self, order: IntArray, known: IntArray, tokens: FloatArray, steps: int) -> int:
+        """Fill the caches with all these tokens but the last, which the next call feeds anyway."""
+        if steps:
+            self.condition(tokens, PositionBatch.of(order, known, np.zeros(len(order), np.int64), steps))
+        return int(steps > 0)
 
     def feed(self, tokens: FloatArray, position: IntArray) -> FloatArray:
         """Conditions `[G, A, N, Z]` for N positions of each image, from `position [A]` on; advances the caches.

@@ -8,7 +8,7 @@ import numpy as np
 from specdec_rt.backends.base import Device, Engine
 from specdec_rt.families.backbone import Backbone, BackboneCall
 from specdec_rt.families.position_batch import PositionBatch
-from specdec_rt.types import Array, IntArray
+from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["MarBackbone"]
 
@@ -67,9 +67,9 @@ class MarBackbone(Backbone):
         branch = np.arange(self.branches)[:, None]
         return call, (branch * contexts + context) * queries + positions.rank - known[context]
 
-    def catch_up(self, order: IntArray, known: IntArray, steps: int) -> BackboneCall | None:  # noqa: ARG002  # what other families need
-        """None: a backbone without caches has nothing to catch up with."""
-        return None
+    def catch_up(self, order: IntArray, known: IntArray, tokens: FloatArray, steps: int) -> int:  # noqa: ARG002
+        """A backbone without caches has nothing to catch up with."""
+        return 0
 
     def _make_call(
         self,

@@ -1,16 +1,20 @@
 """Bundles that several files compare with torch, exported once."""
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from export import mar as command
 from export.checkpoints import build_mar, read_checkpoint
 from export.mar_models import MarPair, write_mar_bundle
 from export.models.mar import Mar, MarBackbone
 from export.models.vae import VaeDecoder
+from specdec_rt.bundle import load_bundle
 from specdec_rt.chain import ChainSpec
 from specdec_rt.manifest import Defaults
 
@@ -18,16 +22,50 @@ REFERENCE = Path(__file__).parents[1] / "golden" / "mar_reference.pth"
 EXACT = ChainSpec(steps=8, t_max=975, drop_last=1, final_std=0.05, variance="large", emit="mean")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """The models are too small for more: on busy cores torch's threads wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
-def stock(tmp_path_factory):
-    """The reference's weights and sampler, as the command writes them."""
-    out = tmp_path_factory.mktemp("stock") / "reference"
-    assert command.main(["--checkpoint", str(REFERENCE), "--out", str(out)]) == 0
-    return out
+def written_once(tmp_path_factory):
+    """A function that fills a folder once in a run, also where several workers ask for it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # common to all workers
+
+    def write_once(name, write):
+        folder, part = root / name, root / f"{name}.part"
+        with FileLock(root / f"{name}.lock"):
+            if not folder.exists():
+                shutil.rmtree(part, ignore_errors=True)  # of a worker in which `write` failed
+                part.mkdir()
+                write(part)
+                part.rename(folder)
+        return folder
+
+    return write_once
+
+
+@pytest.fixture(scope="session")
+def stock(written_once):
+    """The reference's weights and sampler as the command writes them, in the place of an older bundle."""
+
+    def write(folder):
+        out = folder / "reference"
+        shutil.copytree(load_bundle("digits").folder, out)
+        (out / "left-over").write_text("from before")
+        assert command.main(["--checkpoint", str(REFERENCE), "--out", str(out)]) == 0
+
+    return written_once("stock", write) / "reference"
 
 
 def randomised(module, seed):
-    """Without layers that are zero at first, and with outputs of about their inputs' size."""
+    """The module with random weights, none of them zero, whose outputs are about as large as its inputs."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -38,8 +76,9 @@ def randomised(module, seed):
 
 @pytest.fixture(scope="session")
 def pair():
-    """A target of 16 tokens, whose head predicts variances, with a draft that drives that head, and a VAE."""
-    size = replace(build_mar(read_checkpoint(REFERENCE)).size, image=64, encoder_depth=1, decoder_depth=1)
+    """A target of 16 tokens whose head predicts variances, a draft that drives that head, and a VAE."""
+    size = build_mar(read_checkpoint(REFERENCE)).size
+    size = replace(size, image=64, encoder_depth=1, decoder_depth=1, head_depth=1)
     target = randomised(Mar(size), 0)
     size = replace(size, encoder_width=32, decoder_width=48)
     return MarPair(
@@ -57,6 +96,7 @@ def pair():
 
 @pytest.fixture(scope="session")
 def exact(pair, tmp_path_factory):
+    """The pair's bundle, with weights in fp16 and graphs in every precision; rounds the pair's own weights."""
     out = tmp_path_factory.mktemp("exact") / "pair"
     write_mar_bundle(pair, out, precision="fp16", compute=["fp16", "bf16"])
     return out

@@ -1,4 +1,4 @@
-"""Records a reference of a small random MAR, by plain torch code that shares nothing with the runtime."""
+"""Records a reference of a small random MAR in plain torch code, which shares nothing with the runtime."""
 
 import argparse
 import math
@@ -15,12 +15,12 @@ IMAGES, ROWS, KNOWN = 2, 5, (0, 3)
 
 
 def random_mar(**changes):
-    """A small model none of whose layers is zero; patches of 2 x 2 latent positions unless changed."""
+    """A small model without zero layers, with patches of 2 x 2 latent positions; `changes` are fields of `MarSize`."""
     torch.manual_seed(0)
     sizes = {
         "image": 24, "stride": 4, "patch": 2, "channels": 3, "classes": 7, "buffer": 5,
         "encoder_width": 32, "encoder_depth": 1, "encoder_heads": 4,
-        "decoder_width": 48, "decoder_depth": 2, "decoder_heads": 2, "head_width": 24, "head_depth": 2,
+        "decoder_width": 48, "decoder_depth": 1, "decoder_heads": 2, "head_width": 24, "head_depth": 1,
     }  # fmt: skip
     model = Mar(MarSize(**{**sizes, **changes})).eval()
     with torch.no_grad():
@@ -30,7 +30,7 @@ def random_mar(**changes):
 
 
 def save_published(model, path, **options):
-    """Write the model in the published format."""
+    """Write the model as a checkpoint in the published format; `options` are further ones of its training command."""
     size = model.size
     args = argparse.Namespace(
         model="mar_small", img_size=size.image, vae_stride=size.stride, vae_embed_dim=size.channels,
@@ -42,7 +42,7 @@ def save_published(model, path, **options):
 
 
 class Chain:
-    """IDDPM's respaced chain; index 0 is its least noisy step."""
+    """IDDPM's respaced chain. Index 0 is its least noisy step, and `step [R]` are indices."""
 
     def __init__(self, steps):
         stride, at, timesteps = 999 / (steps - 1), 0.0, []
@@ -62,24 +62,24 @@ class Chain:
         return len(self.timestep)
 
     def clean(self, step, state, epsilon):
-        """x̂₀ at `step [R]`."""
+        """x̂₀ `[R, D]`, from `state [R, D]` and the predicted noise `epsilon [R, D]`."""
         alpha_bar = self.alpha_bar[step, None]
         return (state - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
 
     def mean(self, step, state, epsilon):
-        """The posterior's mean, given x̂₀."""
+        """The posterior's mean `[R, D]`, given x̂₀."""
         beta, alpha_bar, previous = (x[step, None] for x in (self.beta, self.alpha_bar, self.previous))
         of_clean, of_state = beta * previous.sqrt(), (1 - previous) * (1 - beta).sqrt()
         return (of_clean * self.clean(step, state, epsilon) + of_state * state) / (1 - alpha_bar)
 
     def log_variance(self, step, share):
-        """Between the posterior's and β, as the head says."""
+        """The log variance `[R, D]`: the head's `share` between the posterior's and β."""
         low, high = self.low[step, None], self.high[step, None]
         return low + (high - low) * (share + 1) / 2
 
 
 class Recorder:
-    """The model, the respaced chain, and where its draws come from."""
+    """Evaluates a model on its respaced chain, and draws all inputs from one seeded generator."""
 
     def __init__(self, model, steps):
         self.model, self.size, self.chain = model, model.size, Chain(steps)
@@ -98,7 +98,7 @@ class Recorder:
         return head(state, head.time_embed(self.chain.timestep[step]) + head.cond_embed(z))
 
     def reverse(self, z, scale, start, noise, temperature):
-        """The whole process: z `[2 R, Z]` with guidance `scale`, or `[R, Z]`; noise `[T, rows, D]`."""
+        """The whole chain, `[R, D]`: `z [2 R, Z]` with guidance `scale` or `[R, Z]` without; `noise [n, rows, D]`."""
         dim, rows, state = start.shape[1], len(start), start
         for j in range(len(self.chain)):
             step = torch.full((len(z),), len(self.chain) - 1 - j)
@@ -112,7 +112,7 @@ class Recorder:
         return state
 
     def image(self, kind, label, orders, ar_steps, guidance, schedule, temperature):
-        """Every AR step's draws and the unpatchified image."""
+        """The draws of every AR step, and the image `[B, C, h, w]` without patches."""
         size, found = self.size, {}
         tokens, mask = torch.zeros(IMAGES, size.tokens, size.token_dim), torch.ones(IMAGES, size.tokens)
         length = size.tokens
@@ -136,7 +136,7 @@ class Recorder:
         return {**found, f"image_{kind}": image}
 
     def evaluations(self, label, orders):
-        """Z with known tokens, and one head evaluation."""
+        """Conditions with some tokens known, and one evaluation of the head."""
         size, chain = self.size, self.chain
         found = {"tokens": self.normal(IMAGES, size.tokens, size.token_dim)}
         for known in KNOWN:
@@ -162,7 +162,7 @@ class Recorder:
         }
 
     def chains(self, guidance, temperature):
-        """Some tokens through the whole reverse process, without and with guidance."""
+        """Some tokens through the whole chain, without guidance and with it."""
         found = {}
         for kind, branches in (("plain", 1), ("cfg", 2)):
             z = self.normal(branches * ROWS, self.size.decoder_width)
@@ -175,7 +175,7 @@ class Recorder:
 
 @torch.no_grad()
 def record(model, *, steps, ar_steps, guidance, schedule, temperature):
-    """All arrays of a reference."""
+    """All arrays of a reference, by name."""
     recorder = Recorder(model, steps)
     label = torch.randint(model.size.classes, (IMAGES,), generator=recorder.draw)
     orders = torch.stack([torch.randperm(model.size.tokens, generator=recorder.draw) for _ in range(IMAGES)])

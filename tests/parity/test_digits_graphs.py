@@ -1,8 +1,9 @@
-"""The shipped graphs against torch: the bundle's own weights, loaded back, in the form that training uses."""
+"""The shipped graphs of `digits` against torch, with the bundle's own weights, in the form that training uses."""
 
 import numpy as np
 import pytest
 import torch
+from comparing import relative_error
 
 from export.agreement import TOLERANCE
 from export.causal import read_pair
@@ -22,11 +23,8 @@ def pair(pipeline):
     return read_pair(pipeline.bundle.folder)
 
 
-def relative_error(found, expected):
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
-
-
 def inputs(pipeline):
+    """Random tokens `[B, L, D]`, what each position is fed (the token before it), and labels `[B]`."""
     manifest = pipeline.bundle.manifest
     rng = np.random.default_rng(0)
     tokens = rng.standard_normal((BATCH, manifest.tokens, manifest.token_dim), dtype=np.float32)
@@ -37,24 +35,24 @@ def inputs(pipeline):
 @pytest.mark.parametrize("draft", [None, "adapter", "small"])
 @torch.no_grad()
 def test_cached_decoding_equals_the_training_form(pipeline, pair, draft):
-    """Any cut into calls of 1, 2 … inputs, over caches, gives what one causal pass over all tokens gives."""
+    """Calls of 1, 2 … inputs over caches give together what one causal pass over all tokens gives."""
     tokens, before, labels = inputs(pipeline)
     torch_model = pair.target if draft is None else pair.drafts[draft]
     backbone = getattr(torch_model, "backbone", torch_model)
     expected = backbone(torch.from_numpy(tokens), torch.from_numpy(labels)).numpy()
     model = pipeline.session(DecodeOptions(draft=draft or "adapter", guidance=1.0)).steps.models[draft is not None]
     model.backbone.begin(labels)
-    found, place = [], 0
+    found, done = [], 0
     for length in [1, 2, 1, 5, 30, 10]:
-        position = np.full(BATCH, place)
-        found.append(model.backbone.feed(before[:, place : place + length], position)[0])
-        place += length
-    assert place == tokens.shape[1]
+        position = np.full(BATCH, done)
+        found.append(model.backbone.feed(before[:, done : done + length], position)[0])
+        done += length
+    assert done == tokens.shape[1]
     assert relative_error(np.concatenate(found, axis=1), expected) <= TOLERANCE
 
 
 def test_abandoned_drafts_leave_no_trace(pipeline):
-    """What was fed past a position and then dropped does not change what comes after."""
+    """Inputs that were fed past a position and then dropped do not change later results."""
     _, before, labels = inputs(pipeline)
     results = []
     for junk in (0.0, 100.0):
@@ -67,7 +65,7 @@ def test_abandoned_drafts_leave_no_trace(pipeline):
 
 
 def test_images_stand_at_positions_of_their_own(pipeline):
-    """One batched call at different positions equals a call for each image, also after images have left."""
+    """A batched call at different positions equals a call for each image, also after images have left the batch."""
     _, before, labels = inputs(pipeline)
     position = np.array([3, 0, 7])
     joint = pipeline.session(DecodeOptions(guidance=1.0)).target.backbone
@@ -88,7 +86,7 @@ def test_images_stand_at_positions_of_their_own(pipeline):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @torch.no_grad()
 def test_a_chain_equals_torch(pipeline, pair, draft, scale):
-    """Every transition of the shipped chain, with guidance, from the formula with torch's own prediction."""
+    """Every transition of the shipped chain is the formula's, with torch's prediction; also with guidance."""
     chain = compile_chain(pipeline.bundle.manifest.chain)
     head = (pair.target if draft is None else pair.drafts[draft]).head
     session = pipeline.session(DecodeOptions(draft=draft or "adapter", guidance=scale))

@@ -1,9 +1,7 @@
-"""Export of a small new pair: checked graphs, shared weights, and a check that can fail."""
+"""Export of a small causal pair: checked graphs, shared weights, and comparisons with torch that can fail."""
 
-import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,10 +11,11 @@ import torch
 from export.agreement import ParityError, graph_outputs, require_agreement, require_precision, torch_outputs
 from export.bundles import annotate
 from export.causal import CausalPair, read_pair, write_bundle
+from export.digits.__main__ import main as digits_command
 from export.graphs import DenoiseStepGraph, TimeEmbeddingGraph
 from export.models.causal import CausalBackbone, CausalBackboneSize, CausalModel
 from export.models.head import DiffusionHead
-from export.to_onnx import OPSET, export_graph, save_weights
+from export.to_onnx import OPSET, export_graph, rounding_changes, save_weights
 from specdec_rt import load
 from specdec_rt.bundle import load_bundle
 from specdec_rt.chain import ChainSpec
@@ -26,12 +25,11 @@ from specdec_rt.manifest import Defaults, ImageLayout
 
 @pytest.fixture(scope="module")
 def pair():
+    """A target of two layers, and a draft of one that drives its head; no weight is zero."""
     torch.manual_seed(0)
     size = CausalBackboneSize(tokens=6, token_dim=12, classes=3, width=32, depth=2, heads=2)
-    target = CausalModel(CausalBackbone(size), DiffusionHead(12, 32, 24, 2, learned_variance=False))
-    draft = CausalBackbone(
-        CausalBackboneSize(tokens=6, token_dim=12, classes=3, width=16, depth=1, heads=2), adapter_dim=32
-    )
+    target = CausalModel(CausalBackbone(size), DiffusionHead(12, 32, 24, 1, learned_variance=False))
+    draft = CausalBackbone(replace(size, width=16, depth=1), adapter_dim=32)
     for module in (target, draft):
         for parameter in module.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -48,15 +46,16 @@ def pair():
     )
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16"])
-def folder(request, pair, tmp_path_factory):
+@pytest.fixture(scope="module")
+def folder(pair, tmp_path_factory):
+    """The pair's bundle with weights in fp16; rounds the pair's own weights."""
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    write_bundle(pair, out, precision=request.param)
+    write_bundle(pair, out, precision="fp16")
     return out
 
 
 def require_parity(module, examples, inputs, path):
-    """The graph's error against the module; raises ParityError."""
+    """The graph's error against the module; raises ParityError where it is too large."""
     return require_agreement(path, graph_outputs(path, examples, inputs), torch_outputs(module, examples))
 
 
@@ -67,11 +66,13 @@ def test_a_new_bundle_generates_colour_images(folder):
         assert np.isfinite(result.tokens).all()
 
 
-def test_weights_come_back_as_they_went(folder, pair):
+def test_models_come_back_from_a_bundle(folder, pair):
     again = read_pair(folder)
-    for name, parameter in pair.target.state_dict().items():
-        torch.testing.assert_close(again.target.state_dict()[name], parameter, rtol=1e-3, atol=1e-6)
     assert type(again.drafts["adapter"]) is CausalBackbone
+    for found, wanted in ((again.target, pair.target), (again.drafts["adapter"], pair.drafts["adapter"])):
+        assert found.state_dict().keys() == wanted.state_dict().keys()
+        for name, parameter in wanted.state_dict().items():
+            assert torch.equal(found.state_dict()[name], parameter)
 
 
 def test_graphs_are_checked_dynamic_and_share_their_weights(folder):
@@ -158,23 +159,50 @@ def test_too_coarse_a_precision_is_refused(tmp_path):
         require_precision(tmp_path / "x.onnx", altered, values, "fp16")
 
 
-def without_notes(path):
-    """A graph's bytes but for what older exports noted on its nodes."""
-    model = onnx.load(path, load_external_data=False)
-    for annotated in (model.graph, *model.graph.input, *model.graph.output, *model.graph.node):
-        annotated.ClearField("metadata_props")
-    return model.SerializeToString(deterministic=True)
-
-
 @pytest.mark.full
-def test_the_shipped_bundle_can_be_written_anew(tmp_path):
-    """Byte for byte, from its own weights, with the pinned torch."""
-    shipped = load_bundle("digits").folder
-    write_bundle(read_pair("digits"), tmp_path / "digits", precision="fp16", compute=["fp16", "bf16"])
-    for path in (tmp_path / "digits").iterdir():
-        read = without_notes if path.suffix == ".onnx" else Path.read_bytes
-        if path.name != "manifest.json":
-            assert read(path) == read(shipped / path.name), path.name
+@pytest.mark.parametrize("name", ["digits", "digits-mar"])
+def test_a_shipped_bundle_can_be_written_anew(tmp_path, name):
+    """With the pinned torch every file is the same, byte for byte, but the manifest; its figures stay."""
+    shipped = load_bundle(name)
+    assert digits_command(["--from-bundle", name, "--keep-figures", "--out", str(tmp_path / name)]) == 0
+    again = load_bundle(tmp_path / name)
+    assert again.manifest.files == shipped.manifest.files
+    for field in ("command", "versions", "figures"):
+        assert again.manifest.provenance[field] == shipped.manifest.provenance[field]
+    assert again.manifest.provenance["exported_again"]["command"].endswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep-figures"], "add --from-bundle DIR"),
+        (["--from-bundle", "digits", "--family", "mar"], "leave out --family"),
+        (["--from-bundle", "digits", "--keep-figures", "--classifier", "x.onnx"], "give one of the two"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as caught:
+        digits_command([*options, "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_weights_that_are_rounded_already_have_no_error_of_rounding(folder, pair):
+    assert "relative_error_of_precision" in load_bundle(folder).manifest.provenance
+    modules = {"backbone": pair.target.backbone, "head": pair.target.head}
+    assert not rounding_changes(modules, "fp16")
+    assert rounding_changes(modules, "bf16")
+
+
+def test_a_graph_that_half_precision_cannot_compute_is_refused(pair, tmp_path):
+    size = replace(pair.target.backbone.size, depth=1)
+    target = CausalModel(CausalBackbone(size), DiffusionHead(12, 32, 24, 1, learned_variance=False))
+    target.backbone.token_embed.weight.data[0, 0] = 7e4
+    alone = replace(pair, target=target, drafts={})
+    message = r"target\.backbone\.fp16\.onnx differs from single precision by nan .* leave fp16 out of --compute$"
+    with pytest.raises(ParityError, match=message):
+        write_bundle(alone, tmp_path / "out", precision="fp32", compute=["fp16"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_export_replaces_nothing_but_a_bundle(pair, tmp_path):
@@ -184,13 +212,8 @@ def test_export_replaces_nothing_but_a_bundle(pair, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_export_replaces_a_bundle_as_a_whole(pair, tmp_path):
-    out = tmp_path / "pair"
-    shutil.copytree(load_bundle("digits").folder, out)
-    annotate(out, {"note": "kept"})
-    assert json.loads((out / "manifest.json").read_text())["provenance"]["note"] == "kept"
-    (out / "left-over").write_text("from before")
-    alone = replace(pair, drafts={}, defaults=pair.defaults.model_copy(update={"draft": "self"}))
-    write_bundle(alone, out, precision="fp32")
-    assert {path.name for path in out.iterdir()} == {"manifest.json", *load_bundle(out).manifest.files}
-    assert [path.name for path in tmp_path.iterdir()] == ["pair"]
+def test_a_note_is_added_to_what_the_provenance_says(tmp_path):
+    shipped = load_bundle("digits")
+    shutil.copytree(shipped.folder, tmp_path / "digits")
+    annotate(tmp_path / "digits", {"note": "added"})
+    assert load_bundle(tmp_path / "digits").manifest.provenance == {**shipped.manifest.provenance, "note": "added"}

@@ -1,14 +1,16 @@
-"""`python -m export.mar`: options, defaults, refusals."""
+"""`python -m export.mar`: what options ask for, defaults, refusals, and exports that fail."""
 
 import argparse
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from recorder import random_mar, save_published
 
-from export import bundles
 from export import mar as command
+from export.mar_models import write_mar_bundle
 from export.models.mar import Mar
 from export.models.vae import VaeDecoder
 from specdec_rt.chain import ChainSpec, compile_chain
@@ -18,70 +20,63 @@ REFERENCE = Path(__file__).parents[1] / "golden" / "mar_reference.pth"
 
 @pytest.fixture
 def content():
-    """What the reference's file holds."""
+    """What the reference's checkpoint holds."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(REFERENCE, weights_only=True)
 
 
 def saved(path, content, **args):
-    """A checkpoint with some of its options set; None leaves one out."""
+    """The path of a checkpoint with other options; one that is None is left out."""
     options = {key: value for key, value in {**vars(content["args"]), **args}.items() if value is not None}
     torch.save({**content, "args": argparse.Namespace(**options)}, path)
     return str(path)
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path):
-    """The pair that options ask for, which is not written, and how it would be."""
-
-    def ask(*options):
-        written = []
-        monkeypatch.setattr(command, "write_mar_bundle", lambda pair, _, **options: written.append((pair, options)))
-        assert command.main([*map(str, options), "--out", str(tmp_path / "out")]) == 0
-        return written[0]
-
-    return ask
+def read(tmp_path):
+    """What options ask for, before anything is written."""
+    return lambda *options: command.read_export([*map(str, options), "--out", str(tmp_path / "out")])
 
 
-def test_an_exact_chain_takes_the_posteriors_noise(asked):
-    pair, options = asked("--checkpoint", REFERENCE, "--chain", "exact", "--drop-last", 2, "--precision", "bf16")
+def test_an_exact_chain_takes_the_posteriors_noise(read):
+    export = read("--checkpoint", REFERENCE, "--chain", "exact", "--drop-last", 2, "--precision", "bf16")
     bare = ChainSpec(steps=25, t_max=975, drop_last=2, emit="mean")
-    assert pair.chain == replace(bare, final_std=compile_chain(bare).final_density_std)
-    assert (pair.defaults.mode, pair.defaults.draft) == ("exact", "self")
-    assert options == {"precision": "bf16", "compute": ("fp16",)}
-    pair, _ = asked("--checkpoint", REFERENCE, "--chain", "exact", "--steps", 50, "--final-std", 0.1)
-    assert (pair.chain.steps, pair.chain.drop_last, pair.chain.final_std) == (50, 0, 0.1)
+    assert export.pair.chain == replace(bare, final_std=compile_chain(bare).final_density_std)
+    assert (export.pair.defaults.mode, export.pair.defaults.draft) == ("exact", "self")
+    assert (export.precision, export.compute) == ("bf16", ("fp16",))
+    chain = read("--checkpoint", REFERENCE, "--chain", "exact", "--steps", 50, "--final-std", 0.1).pair.chain
+    assert (chain.steps, chain.drop_last, chain.final_std) == (50, 0, 0.1)
 
 
-def test_a_draft_makes_the_stock_chain_speculative(asked):
-    pair, _ = asked("--checkpoint", REFERENCE, "--draft", REFERENCE, "--name", "two")
+def test_a_draft_makes_the_stock_chain_speculative(read):
+    pair = read("--checkpoint", REFERENCE, "--draft", REFERENCE, "--name", "two").pair
     assert (pair.name, pair.defaults.mode, pair.defaults.draft) == ("two", "paper", "draft")
     assert type(pair.drafts["draft"]) is Mar
     assert pair.provenance["checkpoints"].keys() == {"target", "draft"}
     assert pair.provenance["command"].startswith("python -m export.mar --checkpoint")
 
 
-def test_a_vae_as_published_becomes_the_decoder(asked, pair, tmp_path):
+def test_a_vae_as_published_becomes_the_decoder(read, pair, tmp_path):
     torch.save({"model": pair.vae.state_dict() | {"encoder.x": torch.zeros(1)}}, tmp_path / "kl16.ckpt")
-    found, _ = asked("--checkpoint", REFERENCE, "--vae", tmp_path / "kl16.ckpt")
+    found = read("--checkpoint", REFERENCE, "--vae", tmp_path / "kl16.ckpt").pair
     assert isinstance(found.vae, VaeDecoder)
     assert "vae" in found.provenance["checkpoints"]
 
 
-def test_defaults_are_the_published_ones(asked, content, tmp_path, capsys):
+def test_defaults_are_the_published_ones(read, content, tmp_path):
     silent = {"model": None, "num_sampling_steps": None, "encoder_num_heads": None, "decoder_num_heads": None}
     path = saved(tmp_path / "x.pth", content, num_iter=12, **silent)
-    pair, _ = asked("--checkpoint", path, "--heads", "4,4")
+    pair = read("--checkpoint", path, "--heads", "4,4").pair
     assert (pair.chain.steps, pair.defaults.guidance, pair.defaults.ar_steps) == (100, 1.0, 12)
-    assert "mode target alone; --chain exact would" in capsys.readouterr().err
     assert command.GUIDANCE["mar_large"] == 3.0
 
 
 def refusal(capsys, tmp_path, *options, code=2):
-    """The one line that the command refuses with."""
+    """The line that the command refuses with, before it writes anything."""
     assert command.main([*map(str, options), "--out", str(tmp_path / "out")]) == code
     assert not (tmp_path / "out").exists()
-    (line,) = capsys.readouterr().err.splitlines()
+    *progress, line = capsys.readouterr().err.splitlines()
+    assert all(each.startswith("reading ") for each in progress)
     assert line.startswith("error: ")
     return line
 
@@ -93,7 +88,7 @@ def test_a_draft_of_other_tokens_is_refused(content, tmp_path, capsys):
     assert line.startswith(f"error: {draft}: classes is 7; expected 10, as in {REFERENCE}; take a draft that")
 
 
-def test_a_draft_without_variances_is_refused_where_they_are_learned(asked, content, tmp_path, capsys):
+def test_a_draft_without_variances_is_refused_where_they_are_learned(read, content, tmp_path, capsys):
     halved = {
         name: tensor[:16] if name.startswith("diffloss.net.final_layer.linear") else tensor
         for name, tensor in content["model_ema"].items()
@@ -101,8 +96,7 @@ def test_a_draft_without_variances_is_refused_where_they_are_learned(asked, cont
     draft = saved(tmp_path / "draft.pth", {**content, "model_ema": halved})
     line = refusal(capsys, tmp_path, "--checkpoint", REFERENCE, "--draft", draft)
     assert "draft.pth: learned_variance is False; expected True, as in" in line
-    pair, _ = asked("--checkpoint", REFERENCE, "--draft", draft, "--chain", "exact")
-    assert pair.chain.variance == "large"
+    assert read("--checkpoint", REFERENCE, "--draft", draft, "--chain", "exact").pair.chain.variance == "large"
 
 
 def test_a_draft_whose_heads_nobody_says_is_asked_for_by_its_own_option(content, tmp_path, capsys):
@@ -112,25 +106,16 @@ def test_a_draft_whose_heads_nobody_says_is_asked_for_by_its_own_option(content,
     assert line.endswith("pass --draft-heads E,D")
 
 
-def test_weights_that_half_precision_cannot_hold_are_named(content, tmp_path, capsys):
-    weights = {**content["model_ema"]}
-    weights["z_proj.weight"] = weights["z_proj.weight"].clone()
-    weights["z_proj.weight"][0, 0] = 7e4
-    path = saved(tmp_path / "x.pth", {**content, "model_ema": weights})
-    assert command.main(["--checkpoint", path, "--precision", "fp16", "--out", str(tmp_path / "out")]) == 1
-    assert "with weights in fp16 differs from the unrounded model" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_graph_that_half_precision_cannot_compute_is_named(content, tmp_path, capsys):
-    weights = {**content["model_ema"]}
-    weights["z_proj.weight"] = weights["z_proj.weight"].clone()
-    weights["z_proj.weight"][0, 0] = 7e4
-    path = saved(tmp_path / "x.pth", {**content, "model_ema": weights})
-    assert command.main(["--checkpoint", path, "--out", str(tmp_path / "out")]) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: target.backbone.fp16.onnx differs from single precision by nan")
-    assert line.endswith("leave fp16 out of --compute")
+def test_weights_that_half_precision_cannot_hold_are_named(tmp_path, capsys):
+    model = random_mar()
+    model.z_proj.weight.data[0, 0] = 7e4
+    save_published(model, tmp_path / "large.pth")
+    argv = ["--checkpoint", str(tmp_path / "large.pth"), "--precision", "fp16", "--out", str(tmp_path / "out")]
+    assert command.main(argv) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == command.NO_DRAFT_NOTE
+    assert lines[-1].startswith("error: target.backbone.onnx with weights in fp16 differs from the unrounded model")
+    assert lines[-1].endswith("store them in single precision: --precision fp32")
     assert not (tmp_path / "out").exists()
 
 
@@ -180,18 +165,32 @@ def test_what_is_no_bundle_is_not_replaced(tmp_path, capsys, name, text):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys, reason):
-    def fail(*_):
-        assert any(tmp_path.rglob("target.safetensors"))
-        raise reason
+def test_an_interrupted_export_leaves_nothing(pair, tmp_path):
+    class Interrupted(Mar):
+        def forward(self, *_):
+            assert any(tmp_path.rglob("target.safetensors"))
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(bundles, "export_graph", fail)
-    argv = ["--checkpoint", str(REFERENCE), "--out", str(tmp_path / "out")]
-    if isinstance(reason, KeyboardInterrupt):
-        with pytest.raises(KeyboardInterrupt):
-            command.main(argv)
-    else:
-        assert command.main(argv) == 2
-        assert "out cannot be written ([Errno 28] No space left on device)" in capsys.readouterr().err
+    target = Interrupted(pair.target.size)
+    with pytest.raises(KeyboardInterrupt):
+        write_mar_bundle(replace(pair, target=target, drafts={}, vae=None), tmp_path / "out", precision="fp32")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_runs_out_of_space_leaves_nothing(tmp_path, capsys):
+    resource = pytest.importorskip("resource", reason="only POSIX systems limit the size of files")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the weights are 1.2 MB
+    try:
+        assert command.main(["--checkpoint", str(REFERENCE), "--out", str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search(r"out cannot be written \(.*File too large.*\); choose another place", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "letter.txt").write_text("dear")
+    out = tmp_path / "letter.txt" / "out"
+    assert command.main(["--checkpoint", str(REFERENCE), "--out", str(out)]) == 2
+    assert f"error: {out} cannot be written ([Errno" in capsys.readouterr().err

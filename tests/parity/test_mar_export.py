@@ -1,4 +1,4 @@
-"""Export of MAR: graphs against what the public reference recorded, models back from bundles, options, refusals."""
+"""Bundles of MAR models: graphs against what the public reference recorded, models read back, refusals."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from comparing import relative_error
 
 from export.agreement import PRECISION_TOLERANCE
 from export.checkpoints import build_mar, read_checkpoint
@@ -30,19 +31,20 @@ KNOWN = (0, 16, 32, 63)
 
 @pytest.fixture(scope="module")
 def recorded():
-    """B=3, L=64, D=16, Z=64."""
+    """The recorded arrays: B=3, L=64, D=16, Z=64."""
     with np.load(REFERENCE.with_suffix(".npz")) as arrays:
         return dict(arrays)
 
 
 def run(folder, graph, **inputs):
-    """What ONNX Runtime, left to its own optimisations, makes of the inputs."""
+    """What ONNX Runtime computes from the inputs, with its own optimisations."""
     session = onnxruntime.InferenceSession(str(folder / f"{graph}.onnx"), providers=["CPUExecutionProvider"])
     return session.run(None, inputs)
 
 
-def relative_error(found, expected):
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+def test_export_replaces_a_bundle_as_a_whole(stock):
+    assert {path.name for path in stock.iterdir()} == {"manifest.json", *load_bundle(stock).manifest.files}
+    assert [path.name for path in stock.parent.iterdir()] == [stock.name]
 
 
 def test_a_stock_bundle_says_what_it_holds(stock):
@@ -109,15 +111,15 @@ def test_graphs_are_as_the_manifest_says(request, bundle):
 
 
 def test_graphs_of_a_head_share_its_weights(stock):
-    places = {}
+    weights = {}
     for name in ("backbone", "modulation", "denoise_step", "path_means"):
         model = onnx.load(stock / f"target.{name}.onnx", load_external_data=False)
         tensors = (tensor.external_data for tensor in model.graph.initializer)
-        places[name] = {tuple(entry.value for entry in data) for data in tensors if data}
-        assert len(places[name]) >= 4
-    assert places["path_means"] == places["denoise_step"]
-    assert not places["modulation"] & places["denoise_step"]
-    assert not places["backbone"] & places["path_means"]
+        weights[name] = {tuple(entry.value for entry in data) for data in tensors if data}
+        assert len(weights[name]) >= 4
+    assert weights["path_means"] == weights["denoise_step"]
+    assert not weights["modulation"] & weights["denoise_step"]
+    assert not weights["backbone"] & weights["path_means"]
 
 
 @pytest.mark.parametrize("known", KNOWN)
@@ -139,7 +141,7 @@ def test_z_is_the_references(stock, recorded, known):
 
 
 def head_inputs(folder, recorded, chain):
-    """What both of a head's graphs take, beside states: two branches, of which the first alone has weight."""
+    """Inputs that both graphs of a head take beside states: two branches, the second of weight 0."""
     (time_table,) = run(folder, "target.time_embedding", timestep=chain.timestep)
     z = recorded["head_c"]
     guidance = np.stack([np.ones(len(z)), np.zeros(len(z))]).astype(np.float32)
@@ -148,7 +150,7 @@ def head_inputs(folder, recorded, chain):
 
 
 def transition(folder, shared, step, **inputs):
-    """One step of each row, its modulation made first."""
+    """One transition of each row, after its modulation was computed."""
     given = {name: shared[name] for name in ("z", "time_table")}
     (modulation,) = run(folder, "target.modulation", row=np.arange(len(step)), step=step, **given)
     given = {name: shared[name] for name in ("guidance", "coefficients")}
@@ -157,7 +159,7 @@ def transition(folder, shared, step, **inputs):
 
 
 def test_transitions_are_the_references(stock, recorded):
-    """Means, and the variances that the first branch alone decides."""
+    """Means, and variances, which the first branch alone decides."""
     chain = compile_chain(load_bundle(stock).manifest.chain)
     shared, state = head_inputs(stock, recorded, chain), recorded["head_x"]
     noise = np.random.default_rng(0).standard_normal(state.shape, dtype=np.float32)
@@ -226,7 +228,7 @@ def test_images_are_decoded_from_their_tokens(exact, pair):
 
 
 def test_a_tokens_values_stand_channel_by_channel():
-    """The reference: x.reshape(B, h, w, c, p, p), then einsum nhwcpq->nchpwq."""
+    """As in the reference: x.reshape(B, h, w, c, p, p), then einsum nhwcpq->nchpwq."""
 
     class Latents(torch.nn.Module):
         def forward(self, latents):
@@ -249,7 +251,7 @@ def test_models_come_back_from_a_bundle(stock, exact, pair):
     assert type(draft) is MarBackbone
     assert (draft.size, draft.z_dim) == (pair.drafts["adapter"].size, 64)
     pairs = [(again.target, pair.target), (draft, pair.drafts["adapter"]), (again.vae, pair.vae)]
-    for found, wanted in pairs:  # rounded in place when they were written
+    for found, wanted in pairs:  # writing the bundle rounded the pair's own weights
         for name, parameter in wanted.state_dict().items():
             assert torch.equal(found.state_dict()[name], parameter)
 

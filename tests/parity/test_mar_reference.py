@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparing import relative_error
 
 from export.checkpoints import Checkpoint, build_mar, build_vae_decoder, read_checkpoint
 from export.models.mar import visible_set
@@ -19,7 +20,7 @@ KNOWN = (0, 16, 32, 63)
 
 @pytest.fixture(scope="module")
 def reference():
-    """B=3, L=64, D=16, Z=64; a chain's index 0 is its least noisy step."""
+    """The recorded arrays: B=3, L=64, D=16, Z=64. Index 0 of a chain is its least noisy step."""
     with np.load(GOLDEN / "mar_reference.npz") as arrays:
         return {
             name: torch.from_numpy(array) if array.dtype.kind in "fi" else array[0] for name, array in arrays.items()
@@ -38,13 +39,8 @@ def _no_grad():
         yield
 
 
-def relative_error(found, expected):
-    """Relative L2 error."""
-    difference = found.double() - expected.double()
-    return float(difference.norm() / expected.double().norm())
-
-
 def labels(reference, mar, *, dropped):
+    """The recorded labels `[B]`, or "no label" for each image."""
     return torch.full_like(reference["labels"], mar.size.classes) if dropped else reference["labels"]
 
 
@@ -60,7 +56,7 @@ def test_z_is_the_references_where_tokens_are_unknown(reference, mar, known, dro
 
 
 def test_images_at_different_steps_run_together(reference, mar):
-    """Padding of the visible set, and what stands in unknown tokens, change nothing."""
+    """Padding of the visible positions changes nothing, nor do values of unknown tokens."""
     masks = torch.stack([reference[f"mask_{known}"][image] for image, known in enumerate((16, 63, 0))])
     expected = [reference[f"z_{known}"][image] for image, known in enumerate((16, 63, 0))]
     visible, visible_mask = visible_set(masks)
@@ -86,7 +82,7 @@ def test_the_comparison_can_fail(reference, mar):
 
 
 def predict(mar, state, z, timestep):
-    """Noise prediction and variance share, each `[rows, D]`."""
+    """Noise prediction and variance share, each `[R, D]`."""
     return mar.head(state, mar.head.time_embed(timestep) + mar.head.cond_embed(z)).chunk(2, dim=1)
 
 
@@ -104,7 +100,7 @@ def test_transitions_are_the_references(reference, mar):
 
 
 def denoise(mar, z, state, noise, *, guidance):
-    """A whole chain: `z [G, rows, Z]`, `state [rows, D]`, `noise [n, rows, D]`, noisiest step first."""
+    """A whole chain, noisiest transition first, from `z [G, R, Z]`, `state [R, D]` and `noise [n, R, D]`."""
     chain = compile_chain(replace(STOCK, temperature=0.95))
     for step, (of_state, of_epsilon, std, log_std_range) in enumerate(chain.coefficients):
         predictions = [predict(mar, state, branch, torch.tensor(int(chain.timestep[step]))) for branch in z]
@@ -127,7 +123,7 @@ def test_the_guided_reverse_process_is_the_references(reference, mar):
 
 
 def vae_keys():
-    """The decoder's part of the published kl16.ckpt."""
+    """Names of the decoder's weights in the published kl16.ckpt, and the size of each layer's kernel."""
     layers = [("post_quant_conv", 1), ("decoder.conv_in", 3), ("decoder.norm_out", 0), ("decoder.conv_out", 3)]
     blocks = ["mid.block_1", "mid.block_2", *(f"up.{level}.block.{block}" for level in range(5) for block in range(3))]
     for block in blocks:
@@ -142,7 +138,7 @@ def vae_keys():
 
 @pytest.fixture(scope="module")
 def vae_weights():
-    """What the reference's decoder was run with."""
+    """The weights that the reference's decoder was run with."""
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in VaeDecoder().state_dict().items()}
     random = np.random.default_rng(16)

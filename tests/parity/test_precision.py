@@ -1,4 +1,4 @@
-"""Graphs that compute in half: what is half in them and what is not, how far they are from single precision."""
+"""Graphs that compute in half: which operators do, and how far they are from single precision."""
 
 import argparse
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from export import precision
 from export.agreement import PRECISION_TOLERANCE, ParityError, graph_outputs, require_variant, variant_outputs
 from export.emulation import emulated
 from export.graphs import TimeEmbeddingGraph
@@ -22,8 +21,9 @@ from specdec_rt.chain import compile_chain
 
 BUNDLES = ["digits", "digits-mar"]
 HALVES = ["fp16", "bf16"]
-ISLANDS = {"LayerNormalization", "GroupNormalization", "Softmax", "Sin", "Cos", "ReduceSum", "Exp"}
-ISLANDS |= {"ScatterElements", "ScatterND"}
+SINGLE = {"LayerNormalization", "GroupNormalization", "Softmax", "Sin", "Cos", "ReduceSum", "Exp"}
+SINGLE |= {"ScatterElements", "ScatterND"}
+"""Operators that stay in single precision."""
 
 
 def graphs(manifest):
@@ -32,9 +32,9 @@ def graphs(manifest):
 
 
 def arguments(graph, manifest):
-    """Random inputs of a graph, as tensors in its order."""
+    """Random inputs of a graph, as tensors in the order of its bindings."""
     generator = torch.Generator().manual_seed(0)
-    places = torch.stack([torch.randperm(manifest.tokens, generator=generator) for _ in range(3)])
+    orders = torch.stack([torch.randperm(manifest.tokens, generator=generator) for _ in range(3)])
     sizes = {"B": 3, "N": 4, "S": 20, "G": 2, "R": 5, "P": 5, "n": 6, "n_plus_1": 7, "K": 12, "Q": 9}
     whole = {
         "timestep": torch.arange(0, 900, 150),
@@ -42,9 +42,9 @@ def arguments(graph, manifest):
         "label": torch.tensor([0, 3, manifest.classes]),
         "row": torch.tensor([4, 2, 0, 0, 1]),
         "step": torch.arange(1, 6),
-        "visible": places[:, :12],
+        "visible": orders[:, :12],
         "visible_mask": torch.arange(12) < torch.tensor([[0], [6], [12]]),
-        "query": places[:, -9:],
+        "query": orders[:, -9:],
     }
     return [
         whole[binding.name]
@@ -55,11 +55,12 @@ def arguments(graph, manifest):
 
 
 def read(path):
+    """The graph in a file, without its weights."""
     return onnx.load(path, load_external_data=False)
 
 
 def model_of(nodes, inputs, output, initialisers=()):
-    """A float32 graph of one output."""
+    """A graph of float32 inputs and one output."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
     result = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
     graph = helper.make_graph(nodes, "graph", values, [result], list(initialisers))
@@ -67,7 +68,7 @@ def model_of(nodes, inputs, output, initialisers=()):
 
 
 def run(model, **inputs):
-    """What ONNX Runtime, left to itself, makes of the inputs."""
+    """What ONNX Runtime computes from the inputs, with its own optimisations."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, inputs)[0]
 
@@ -77,7 +78,7 @@ def run(model, **inputs):
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", BUNDLES)
-def test_products_are_half_and_islands_are_not(name, half):
+def test_products_are_half_and_normalisations_are_not(name, half):
     bundle = load_bundle(name)
     for graph in graphs(bundle.manifest):
         path = bundle.path(graph, half)
@@ -89,7 +90,7 @@ def test_products_are_half_and_islands_are_not(name, half):
             if node.op_type in MATMULS:
                 assert kinds == {ONNX_TYPES[half]}, node
             elif node.op_type != "Cast":
-                assert kinds <= {TensorProto.FLOAT} or (kinds == {ONNX_TYPES[half]} and node.op_type not in ISLANDS)
+                assert kinds <= {TensorProto.FLOAT} or (kinds == {ONNX_TYPES[half]} and node.op_type not in SINGLE)
         products = [sum(node.op_type in MATMULS for node in each.graph.node) for each in (model, single)]
         assert products[0] == products[1] > 0
         assert (model.graph.input, model.graph.output) == (single.graph.input, single.graph.output)
@@ -102,7 +103,7 @@ def test_the_chains_arithmetic_and_the_residual_stream_are_single(name, half):
     for graph in graphs(bundle.manifest):
         model = read(bundle.path(graph, half))
         types, weights = value_types(model), {tensor.name for tensor in model.graph.initializer}
-        for node in model.graph.node:  # in order: what comes of weights alone is known when it is taken
+        for node in model.graph.node:  # a node comes after those whose values it reads
             if set(node.input) <= weights:
                 weights.update(node.output)
         leads_on = set()
@@ -128,8 +129,8 @@ def test_nothing_is_cast_twice_nor_to_what_it_is(half):
             if node.op_type == "Cast":
                 assert node.input[0] not in cast
                 assert types[node.input[0]] != types[node.output[0]]
-        taken = {name for node in model.graph.node for name in node.input}
-        assert {tensor.name for tensor in model.graph.initializer} <= taken
+        values_read = {name for node in model.graph.node for name in node.input}
+        assert {tensor.name for tensor in model.graph.initializer} <= values_read
 
 
 def test_convolutions_are_half_around_group_norms():
@@ -178,26 +179,25 @@ def test_fp16_runs_on_onnxruntime_itself(name):
         require_variant(bundle.path(graph, "fp16"), found, expected, "fp16")
 
 
-def test_sinusoids_in_half_would_not_pass(tmp_path, monkeypatch):
-    """The island that parity cannot do without, on the shipped chain's own training steps."""
+def test_sinusoids_in_half_would_not_pass(tmp_path):
+    """Without this exception the shipped chain's time embedding is over the tolerance."""
     bundle = load_bundle("digits-mar")
     graph = bundle.manifest.target.graphs["time_embedding"]
     examples = [torch.from_numpy(compile_chain(bundle.manifest.chain).timestep)]
     expected = graph_outputs(bundle.path(graph), examples, graph.inputs)
     found = variant_outputs(bundle.path(graph, "bf16"), "bf16", examples, graph.inputs)
     require_variant(bundle.path(graph, "bf16"), found, expected, "bf16")
-    monkeypatch.setattr(precision, "MATMULS", MATMULS | {"Mul", "Cos", "Sin"})
     weights = bundle.folder / "target.safetensors"
     (tmp_path / weights.name).write_bytes(weights.read_bytes())
     (tmp_path / graph.file).write_bytes(bundle.path(graph).read_bytes())
     path = tmp_path / "time_embedding.bf16.onnx"
-    write_variant(tmp_path / graph.file, path, "bf16")
+    write_variant(tmp_path / graph.file, path, "bf16", in_half=MATMULS | {"Mul", "Cos", "Sin"})
     with pytest.raises(ParityError, match=r"time_embedding\.bf16\.onnx differs from single precision by 2\.\d\de-02"):
         require_variant(path, variant_outputs(path, "bf16", examples, graph.inputs), expected, "bf16")
 
 
 def test_a_weight_beyond_fp16_is_refused(tmp_path):
-    """The cure is in the message, and works."""
+    """The message says how to mend it, and that works."""
     torch.manual_seed(0)
     head = DiffusionHead(4, 8, 64, 1, learned_variance=False)
     head.time_embed.mlp[0].weight.data[0, 0] = 7e4
@@ -245,7 +245,7 @@ def test_overflow_between_products_is_seen():
     assert run(emulated(half_graph(model, "bf16"), "bf16"), **inputs) == pytest.approx(900, rel=1e-2)
 
 
-def test_scores_are_scaled_before_they_are_summed(monkeypatch):
+def test_scores_are_scaled_before_they_are_summed():
     nodes = [
         helper.make_node("MatMul", ["query", "key"], ["raw"]),
         helper.make_node("Mul", ["raw", "scale"], ["scores"]),
@@ -258,8 +258,8 @@ def test_scores_are_scaled_before_they_are_summed(monkeypatch):
     inputs = {name: value.astype(np.float32) for name, value in inputs.items()}
     expected = run(model, **inputs)
     np.testing.assert_allclose(run(emulated(half_graph(model, "fp16"), "fp16"), **inputs), expected, rtol=1e-3)
-    monkeypatch.setattr(precision, "_scale_queries", lambda _: None)
-    assert np.isnan(run(emulated(half_graph(model, "fp16"), "fp16"), **inputs)).all()  # 64 · 1600 = 102,400
+    unscaled = half_graph(model, "fp16", scale_queries=False)
+    assert np.isnan(run(emulated(unscaled, "fp16"), **inputs)).all()  # 64 · 1600 = 102,400
 
 
 # --- where it is used ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Checkpoints in and models out: what is inferred, and every way in which a file is refused."""
+"""From checkpoints to models: what is inferred, and every way in which a file is refused."""
 
 import argparse
 import math
@@ -54,7 +54,7 @@ def altered(checkpoint, *, without=(), tensors=(), **args):
 
 
 def refusal(call, *args, **options):
-    """The message that `call` is refused with; it must name a file and a mend."""
+    """The message that `call` is refused with."""
     with pytest.raises(CheckpointError) as caught:
         call(*args, **options)
     assert caught.value.exit_code == 2
@@ -244,7 +244,7 @@ def test_surplus_weights_are_named(checkpoint):
         ("z_proj.weight", torch.zeros(64), "of shape [64]; expected 2 dimensions, none of them 0"),
         ("z_proj.weight", torch.zeros(64, 0), "of shape [64, 0]; expected 2 dimensions, none of them 0"),
         ("z_proj.weight", torch.zeros(64, 8), "for tokens of 8 values; expected 16 (vae_embed_dim 16 × patch_size 1²)"),
-        ("encoder_pos_embed_learned", torch.zeros(1, 64, 64), "of 64 places; expected more than the 64"),
+        ("encoder_pos_embed_learned", torch.zeros(1, 64, 64), "of 64 positions; expected more than the 64"),
     ],
 )
 def test_misshapen_weights_are_named(checkpoint, key, tensor, expected):
@@ -300,7 +300,7 @@ def test_head_counts_must_be_those_that_the_file_gives(checkpoint):
 
 @pytest.fixture(scope="module")
 def vae_weights():
-    """Zeros of the decoder's shapes that take no room."""
+    """Zeros of the decoder's shapes, which take no memory."""
     with torch.device("meta"):
         expected = VaeDecoder().state_dict()
     return {key: torch.zeros(()).expand(value.shape) for key, value in expected.items()}
