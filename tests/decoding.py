@@ -31,10 +31,9 @@ def decode(setup, labels, draws, *, images=None, slots=None):
     return Decoded(decoder.run(), counters, decoder.batch)
 
 
-def with_session(setup, kind, **given):
-    """The setup with a session of another kind on the same models; `given` are fields that only this kind has."""
+def with_session(setup, kind=Session, **changes):
+    """The setup with a session of its own, of some kind and with some fields changed, and a verifier for it."""
     made_with = {field.name: getattr(setup.session, field.name) for field in fields(Session)}
-    session = kind(**made_with, **given)
+    session = kind(**made_with | changes)
     verifier = None if setup.verifier is None else type(setup.verifier)(session, setup.plan)
     return replace(setup, session=session, verifier=verifier)
-

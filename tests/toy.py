@@ -12,6 +12,7 @@ import numpy as np
 from specdec_rt.ar_schedule import raster_schedule
 from specdec_rt.backends.base import BoundCall
 from specdec_rt.backends.host import HostDevice
+from specdec_rt.capacity import Capacity
 from specdec_rt.chain import Chain, ChainSpec, compile_chain
 from specdec_rt.config import Mode
 from specdec_rt.decode.decoder import DecodingSetup
@@ -89,6 +90,10 @@ class StepEngine:
 
     net: RandomNet
 
+    def epsilon(self, state: Array, timestep: int, z: Array) -> Array:
+        """What it predicts of one state at one training step."""
+        return self.net(state, np.array(timestep / 500 - 1)) + PULL * z
+
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002
         def call() -> None:
             step = inputs["step"]
@@ -118,14 +123,22 @@ class PathMeansEngine:
         return call
 
 
-def toy_head(chain: Chain, *, draft: bool, share: float = 0.06, modulation_width: int = 1 + DIM) -> Head:
+def toy_head(
+    chain: Chain,
+    *,
+    draft: bool,
+    share: float = 0.06,
+    modulation_width: int = 1 + DIM,
+    capacity: Capacity = Capacity(),
+) -> Head:
     """The target's head, or a draft's: the same network moved some way towards another one."""
     net = RandomNet.of(0)
     if draft:
         net = net.mixed(RandomNet.of(1), share)
     time_table = (chain.timestep[:, None] / 500 - 1).astype(np.float32)
     engines = HeadEngines(ModulationEngine(), StepEngine(net), PathMeansEngine(net))
-    return Head(HostDevice(), engines, time_table, chain, token_dim=DIM, z_dim=DIM, modulation_width=modulation_width)
+    sizes = {"token_dim": DIM, "z_dim": DIM, "modulation_width": modulation_width}
+    return Head(HostDevice(), engines, time_table, chain, **sizes, capacity=capacity)
 
 
 class ToyBackbone(Backbone):
@@ -152,15 +165,15 @@ class ToyBackbone(Backbone):
         call.token_index[:] = positions.image_index * positions.order.shape[1] + before
         return call, np.arange(rows)[None]
 
-    def catch_up(self, order: IntArray, known: IntArray, steps: int) -> BackboneCall | None:  # noqa: ARG002  # the protocol's
+    def catch_up(self, order: IntArray, known: IntArray, tokens: FloatArray, steps: int) -> int:  # noqa: ARG002  # the protocol's
         """As in `Backbone`."""
-        return None
+        return 0
 
 
 def toy_setup(tokens: int, *, mode: Mode = "exact") -> DecodingSetup:
     """A target and a draft for images of so many tokens."""
-    device = HostDevice()
-    target, draft = (Model(ToyBackbone(device), toy_head(IMAGE_CHAIN, draft=draft, share=0.4)) for draft in (False, True))
+    device, heads = HostDevice(), [toy_head(IMAGE_CHAIN, draft=draft, share=0.4) for draft in (False, True)]
+    target, draft = (Model(ToyBackbone(device), head) for head in heads)
     plan = Plan(
         mode=mode,
         schedule=raster_schedule(tokens),

@@ -3,7 +3,7 @@
 And what a head evaluates of a path that it drafted is what it evaluates of any path.
 """
 
-from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -20,6 +20,8 @@ from specdec_rt.decode.path_means import evaluate_left_out, evaluate_paths
 from specdec_rt.plan import Tuning
 
 BRANCHES, ROWS, N = 2, 9, 23
+WIDE, NARROW = Capacity(), Capacity(modulation_values=2 * ROWS * 2816 * 5)
+"""Room for modulation of all steps of the chains at a time, or of five."""
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 """One chain: rounding has no image to grow along."""
 FEW = settings(max_examples=15, deadline=None, derandomize=True)
@@ -30,19 +32,15 @@ masks = st.lists(st.booleans(), min_size=N, max_size=N).map(np.array)
 @pytest.fixture(scope="module", params=["host", "gpu"])
 def make_head(request, make_gpu):
     """Gives the head of the digits target with some capacity, always the same one."""
-    if request.param == "host":
-        backend = OnnxRuntimeBackend(threads=1)
-    else:
-        backend = FakeBackend(make_gpu(batch_buckets=(1,))[1])
-    made = {}
+    on_host = request.param == "host"
+    backend = OnnxRuntimeBackend(threads=1) if on_host else FakeBackend(make_gpu(batch_buckets=(1,))[1])
 
-    def one(capacity=Capacity()):
-        if capacity not in made:
-            pipeline = Pipeline(load_bundle("digits"), backend, tuning=Tuning(capacity=capacity))
-            made[capacity] = pipeline.setup(DecodeOptions(guidance=2.0)).target.head
-        return made[capacity]
+    @cache
+    def head(capacity=WIDE):
+        pipeline = Pipeline(load_bundle("digits"), backend, tuning=Tuning(capacity=capacity))
+        return pipeline.setup(DecodeOptions(guidance=2.0)).target.head
 
-    return one
+    return head
 
 
 class Chains:
@@ -116,13 +114,7 @@ def test_suffixes_on_few_steps_begin_where_they_are_told(make_head, begin, mask,
         np.testing.assert_allclose(mean[row, own:], evaluated[row, begin[row] :], **CLOSE)
 
 
-ROOM = {
-    "all modulation at once": Capacity(),
-    "modulation of some steps at a time": Capacity(modulation_values=2 * ROWS * 2816 * 5),
-}
-
-
-@pytest.mark.parametrize("capacity", ROOM.values(), ids=ROOM.keys())
+@pytest.mark.parametrize("capacity", [WIDE, NARROW], ids=["wide", "narrow"])
 @FEW
 @given(mask=masks)
 def test_whole_chains_on_few_steps(make_head, capacity, mask):
@@ -130,7 +122,7 @@ def test_whole_chains_on_few_steps(make_head, capacity, mask):
     chains = Chains(make_head(capacity))
     arrays = chains.arrays(np.tile(np.arange(N), (ROWS, 1)))
     strided = StridedChains(chains.head, chains.buffers, chains.z, arrays, mask, keep_left_out=True)
-    fits = capacity == Capacity()
+    fits = capacity is WIDE
     assert (strided.left_out_modulation is not None) == fits
     mean = chains.device.zeros(arrays.mean.shape, np.float32)
     judged = evaluate_left_out(chains.head, strided, arrays, mean) if fits else []
@@ -144,7 +136,7 @@ def test_whole_chains_on_few_steps(make_head, capacity, mask):
         np.testing.assert_array_equal(mean[:, mask], arrays.mean[:, mask])
 
 
-@pytest.mark.parametrize("capacity", ROOM.values(), ids=ROOM.keys())
+@pytest.mark.parametrize("capacity", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_whole_chains_at_every_step(make_head, capacity):
     chains = Chains(make_head(capacity))
     arrays = chains.arrays(np.tile(np.arange(N), (ROWS, 1)))
@@ -165,9 +157,9 @@ def test_paths_are_evaluated_so_many_at_a_time(make_head, paths_per_call, sizes)
     assert [part.stop - part.start for part, _ in parts] == sizes
     for part, z_row in parts:
         z_row[:] = chains.z_row.reshape(BRANCHES, ROWS)[:, part].ravel()
-    z_rows = [z_row for _, z_row in parts]
-    device = chains.device
-    device.record([device.upload(chains.z, arrays.guidance, arrays.path, *z_rows), *calls, device.download(arrays.mean)])()
+    device, z_rows = chains.device, [z_row for _, z_row in parts]
+    upload, download = device.upload(chains.z, arrays.guidance, arrays.path, *z_rows), device.download(arrays.mean)
+    device.record([upload, *calls, download])()
     device.wait()
     np.testing.assert_allclose(arrays.mean, chains.evaluated(path), **CLOSE)
 

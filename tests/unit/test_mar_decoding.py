@@ -6,7 +6,6 @@ from bundles import copy_bundle, edit_manifest
 from tolerances import SAME_TO_ROUNDING, largest_difference
 
 from specdec_rt import DecodeOptions, UsageError, load
-from specdec_rt.decode.batch import draw_order
 from specdec_rt.noise import NoiseSource
 
 SEED, LABELS = 3, np.arange(5)
@@ -58,7 +57,7 @@ def test_exact_draws_the_same_image_at_every_draft_length(draw, exact):
 
 def order_of(pipeline):
     plan = pipeline.setup(DecodeOptions(mode="target", ar_steps=STEPS)).plan
-    return plan, draw_order(plan, NoiseSource(SEED), np.arange(len(LABELS)))
+    return plan, plan.draw_order(NoiseSource(SEED), np.arange(len(LABELS)))
 
 
 def test_every_image_takes_its_positions_in_an_order_of_its_own(pipeline):
@@ -76,7 +75,8 @@ def test_a_draft_that_is_the_target_is_always_accepted(pipeline, draw, target):
 
 def test_self_draft_saves_sequential_head_calls(draw):
     """With a token a step: in a large set some token is nearly always rejected, and the set waits for it."""
-    drafted, target = (draw(LABELS[:3], ar_steps=49, **asked).stats for asked in ({"mode": "exact", "draft": "self"}, {"mode": "target"}))
+    drafted = draw(LABELS[:3], ar_steps=49, mode="exact", draft="self").stats
+    target = draw(LABELS[:3], ar_steps=49, mode="target").stats
     assert drafted.sequential_head_calls < target.sequential_head_calls
     assert drafted.target_backbone_calls == target.target_backbone_calls == 49 * 3
     assert drafted.draft_backbone_calls == 0

@@ -4,16 +4,16 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 from decoding import decode, with_session
-from fake_cuda import FakeBackend, FakeCuda
+from fake_cuda import FakeBackend
 from tolerances import SAME_TO_ROUNDING, largest_difference
 
 from specdec_rt import BackendError, DecodeOptions, Pipeline
 from specdec_rt.backends.cuda import CudaDevice
-from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
 from specdec_rt.bundle import load_bundle
 from specdec_rt.capacity import Capacity
 from specdec_rt.decode.batch import Batch
@@ -37,37 +37,25 @@ STRIDED_SELF = {"mode": "exact", "draft": "self", "draft_steps": 5}
 
 
 @pytest.fixture(scope="module")
-def cuda():
-    """A GPU that is none: there is no other here. The device never imports anything after it was made."""
-    cuda = FakeCuda()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        cuda.install(monkeypatch)
-        cuda.device = CudaDevice(batch_buckets=(1, 4, 8), graphs=True)
+def cuda(make_gpu):
+    cuda, cuda.device = make_gpu(batch_buckets=(1, 4, 8))
     return cuda
 
 
 @pytest.fixture(scope="module")
-def host():
-    """Gives a bundle's pipeline on the CPU, always the same one."""
-    return kept(lambda: OnnxRuntimeBackend(threads=1))
+def host(cpu):
+    return cpu
 
 
 @pytest.fixture(scope="module")
 def gpu(cuda):
-    """The same on the fake GPU."""
-    return kept(lambda: FakeBackend(cuda.device))
+    """As `cpu`, on the fake GPU."""
 
+    @cache
+    def pipeline(name="digits", tuning=None):
+        return Pipeline(BUNDLES[name], FakeBackend(cuda.device), tuning=tuning)
 
-def kept(backend):
-    made = {}
-
-    def one(name, tuning=None):
-        key = name, tuning
-        if key not in made:
-            made[key] = Pipeline(BUNDLES[name], backend(), tuning=tuning)
-        return made[key]
-
-    return one
+    return pipeline
 
 
 def ar_steps(name, few):
@@ -101,13 +89,14 @@ def test_images_whose_suffixes_do_not_fit_one_call_are_the_hosts(host, gpu, name
     width, n = BUNDLES[name].manifest.target.modulation_width, 23
     small = replace(RESUMES, capacity=Capacity(modulation_values=2 * width * n * 4))
     assert small.capacity.paths_per_call(2, width, n) == 4
-    expected, found = host(name, RESUMES).generate(np.arange(8), **asked), gpu(name, small).generate(np.arange(8), **asked)
+    expected = host(name, RESUMES).generate(np.arange(8), **asked)
+    found = gpu(name, small).generate(np.arange(8), **asked)
     assert largest_difference(found.tokens, expected.tokens) <= SAME_TO_ROUNDING
 
 
-def test_images_are_the_hosts_when_requests_grow_and_shrink(host, gpu):
+def test_images_are_the_hosts_when_requests_grow_and_shrink(host, cuda):
     """Modulation moves to more memory; what was recorded before keeps the memory that it had."""
-    pipelines = host("digits", RESUMES), gpu("digits", replace(RESUMES, longest_draft=7))  # one that has recorded nothing
+    pipelines = host("digits", RESUMES), Pipeline(BUNDLES["digits"], FakeBackend(cuda.device), tuning=RESUMES)
     for images in (1, 8, 1, 4):
         expected, found = (each.generate(np.arange(images), seed=8, **STRIDED_SELF).tokens for each in pipelines)
         assert largest_difference(found, expected) <= SAME_TO_ROUNDING
@@ -202,8 +191,8 @@ class Forgetful(CudaDevice):
         return lambda: None
 
 
-def test_a_forgotten_upload_is_seen(host, monkeypatch):
-    FakeCuda().install(monkeypatch)  # as above
-    pipeline = Pipeline(BUNDLES["digits"], FakeBackend(Forgetful(batch_buckets=(1,), graphs=False)))
-    expected, found = (of.generate([3], seed=7, mode="target").tokens for of in (host("digits"), pipeline))
-    assert not largest_difference(found, expected) <= 0.1  # nor are they numbers
+def test_a_forgotten_upload_is_seen(host, make_gpu):
+    _, device = make_gpu(Forgetful, batch_buckets=(1,), graphs=False)
+    pipelines = host("digits"), Pipeline(BUNDLES["digits"], FakeBackend(device))
+    expected, found = (pipeline.generate([3], seed=7, mode="target").tokens for pipeline in pipelines)
+    assert not largest_difference(found, expected) <= 0.1  # they need not even be numbers
