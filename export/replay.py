@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from specdec_rt.decode.draft import Model
-from specdec_rt.decode.loop import Decoder
 
 from export.comparison import ALLOWANCE, IMAGE_TOLERANCE, TABLE_TOLERANCE, TOLERANCE, Comparison, relative_error
 from export.recorded_form import betas, unpatchify, variances
@@ -20,6 +18,8 @@ from export.recorded_noise import RecordedNoise
 from export.reference import RecordingError, Reference
 from specdec_rt import DecodeOptions, Pipeline, UsageError
 from specdec_rt.chain import Chain
+from specdec_rt.decode.decoder import Decoder
+from specdec_rt.decode.model import Model
 from specdec_rt.decode.stats import Counters
 from specdec_rt.errors import BackendError
 from specdec_rt.families.position_batch import PositionBatch
@@ -116,18 +116,18 @@ class _Replay:
             nothing = np.zeros(0)  # all tokens are known: there is nothing to compare
             return {name: (nothing, lambda: nothing) for name in (f"z_{count}", f"z_uncond_{count}")}
         order = np.argsort(unknown, axis=1, kind="stable")  # known positions first
-        span = PositionBatch.of(order, np.array([0, count, manifest.tokens]), np.ones(images, np.int64), 1)
+        positions = PositionBatch.of(order, np.array([0, count, manifest.tokens]), np.ones(images, np.int64), 1)
         found = {}
         for name, of in ((f"z_{count}", labels), (f"z_uncond_{count}", np.full(images, manifest.classes))):
-            backbone = self.pipeline.session(DecodeOptions(mode="target", guidance=1.0)).target.backbone
+            backbone = self._target(DecodeOptions(mode="target", guidance=1.0)).backbone
             backbone.begin(of)
-            z = backbone.condition(tokens, span)[0]
+            z = backbone.condition(tokens, positions)[0]
             shape = (images, manifest.tokens, z.shape[1])
-            found[name] = (z, partial(self._at, name, shape, span))
+            found[name] = (z, partial(self._at, name, shape, positions))
         return found
 
-    def _at(self, name: str, shape: tuple[int, ...], span: PositionBatch) -> Array:
-        return self.reference.floats(name, *shape)[span.owner, span.place]
+    def _at(self, name: str, shape: tuple[int, ...], positions: PositionBatch) -> Array:
+        return self.reference.floats(name, *shape)[positions.image_index, positions.position]
 
     def _labels(self) -> IntArray:
         return self.reference.whole("labels", None, below=self.pipeline.bundle.manifest.classes)
@@ -173,14 +173,15 @@ class _Replay:
         assert record.head_width is not None
         assert record.modulation_width is not None
         table = np.empty((len(state), record.head_width), np.float32)
-        self.pipeline.engine(record, GraphName.TIME_EMBEDDING).bind({"timestep": timestep}, {"time_table": table})()
+        embed = self.pipeline.models.engine(record, GraphName.TIME_EMBEDDING)
+        embed.bind({"timestep": timestep}, {"time_table": table})()
         outputs = {name: np.empty_like(state) for name in ("next_state", "mean")}
-        engine = self.pipeline.engine(record, GraphName.DENOISE_STEP)
+        engine = self.pipeline.models.engine(record, GraphName.DENOISE_STEP)
         if "std" in engine.outputs:
             outputs["std"] = np.empty_like(state)
         row = np.arange(len(state))
         modulation = np.empty((len(state), record.modulation_width), np.float32)
-        make = self.pipeline.engine(record, GraphName.MODULATION)
+        make = self.pipeline.models.engine(record, GraphName.MODULATION)
         make.bind({"z": z[None], "row": row, "time_table": table, "step": row}, {"modulation": modulation})()
         inputs = {
             "state": state,
@@ -206,13 +207,10 @@ class _Replay:
         if noise.shape[1] < len(start):
             raise RecordingError(f"chain_{kind}_noise has {noise.shape[1]} rows; expected {doubled}")
         head = self._target(DecodeOptions(mode="target", temperature=sampling.temperature)).head
-        drawn = head.sample(
-            z.reshape(len(scale), len(start), -1),
-            np.tile(np.array(scale), (1, len(start))),
-            start,
-            noise[:, : len(start)].swapaxes(0, 1),
-        )
-        return self._with_recorded({f"chain_{kind}_x": drawn.path[:, -1]})
+        normals = np.concatenate([start[None], noise[:, : len(start)]]).swapaxes(0, 1)
+        guidance = np.tile(np.array(scale), (1, len(start)))
+        drawn = head.sample(z.reshape(len(scale), len(start), -1), guidance, normals)
+        return self._with_recorded({f"chain_{kind}_x": drawn.token})
 
     def _image(self, kind: str) -> Found:
         """Whole images by the decoding loop in mode `target`, without guidance ("plain") or with it ("cfg")."""
@@ -225,13 +223,13 @@ class _Replay:
             guidance_schedule=sampling.schedule,
             temperature=sampling.temperature,
         )
-        session = self.pipeline.session(options)
+        setup = self.pipeline.setup(options)
         manifest = self.pipeline.bundle.manifest
         shape = (len(labels), manifest.tokens, manifest.token_dim)
         noise = RecordedNoise.of(self.reference, kind, sampling.ar_steps, shape)
-        tokens = Decoder(session, noise, labels, np.arange(len(labels)), Counters(), lambda _: None).run()
+        tokens = Decoder(setup, noise, labels, np.arange(len(labels)), Counters(), lambda _: None).run()
         recorded = self.reference.floats(f"image_{kind}", None, None, None, None)
         return self._with_recorded({f"image_{kind}": unpatchify(tokens, recorded.shape)})
 
     def _target(self, options: DecodeOptions) -> Model:
-        return self.pipeline.session(options).target
+        return self.pipeline.setup(options).target

@@ -1,132 +1,121 @@
 """How far a mode's next token is from the target's, in fixed contexts: sharper than whole images, and cheaper."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from specdec_rt.decode.chain import Head
-from specdec_rt.decode.draft import ChainNoise, Proposal
-from specdec_rt.decode.loop import PAPER_TRIES
-from specdec_rt.decode.verify import ResidualDraws, complete_exact, complete_paper, judge_exact, judge_paper
 from torch import Tensor
 
 from specdec_rt import DecodeOptions, Pipeline
+from specdec_rt.decode.decoder import DecodingSetup
+from specdec_rt.decode.head import Head
+from specdec_rt.decode.paper import PaperVerifier
+from specdec_rt.decode.reference import verify
+from specdec_rt.decode.round import Speculation
 from specdec_rt.families.position_batch import PositionBatch
-from specdec_rt.types import FloatArray
+from specdec_rt.noise import NoiseSource, TokenNoise
+from specdec_rt.types import FloatArray, IntArray
 
 __all__ = ["energy_distance", "next_token_distances"]
-
-CONTEXTS, DRAWS = 16, 1000
 
 
 @dataclass(frozen=True)
 class Context:
-    """One context: both models' conditions for the next token, repeated for each draw."""
+    """One context, and all that R next tokens are drawn from in it."""
 
-    target_z: FloatArray
-    """`[G, DRAWS, Z]`"""
+    keys: IntArray
+    """`[R]` the context's number, which the noise is keyed by"""
+    z: FloatArray
+    """`[G, R, Z]` the target's condition, the same in every row"""
     draft_z: FloatArray
+    """`[G, R, Z]`"""
     guidance: FloatArray
-    """`[G, DRAWS]`"""
+    """`[G, R]`"""
+
+    def noise(self, seed: int) -> TokenNoise:
+        """The random numbers of R tokens."""
+        return TokenNoise(NoiseSource(seed), self.keys, np.arange(len(self.keys)))
 
 
-def next_token_distances(pipeline: Pipeline, draft: str, taus: Sequence[float]) -> dict[str, Any]:
+Drawn = tuple[FloatArray, float | None]
+"""tokens `[R, D]`, and the share of drafts accepted where there were any"""
+
+
+def next_token_distances(
+    pipeline: Pipeline, draft: str, taus: Sequence[float], *, contexts: int = 16, draws: int = 1000
+) -> dict[str, Any]:
     """Acceptance and energy distance to the target's next token, averaged over contexts of a MAR bundle.
 
     Of `target` (the noise floor: another sample of the same distribution), `draft`, `exact`, and `paper`
     at each τ.
     """
-    session, contexts = _contexts(pipeline, draft)
-    assert session.steps.draft is not None
-    target, drafter = session.target.head, session.steps.draft.head
-    rng = np.random.default_rng(1)
-    wanted = [_alone(target, context.target_z, context, rng) for context in contexts]
-    modes: dict[str, Callable[[Context], tuple[FloatArray, float | None]]] = {
-        "target": lambda context: (_alone(target, context.target_z, context, rng), None),
-        "draft": lambda context: (_alone(drafter, context.draft_z, context, rng), None),
-        "exact": partial(_exact, target, drafter, rng),
-        **{f"tau_{tau}": partial(_paper, target, drafter, rng, tau) for tau in taus},
+    manifest = pipeline.bundle.manifest
+    setup = pipeline.setup(DecodeOptions(mode="exact", draft=draft, ar_steps=manifest.tokens))
+    assert setup.session.draft is not None
+    target, drafter = setup.target.head, setup.session.draft.head
+    modes: dict[str, Callable[[Context, TokenNoise], Drawn]] = {
+        "target": lambda context, noise: (_sample(target, context.z, context.guidance, noise), None),
+        "draft": lambda context, noise: (_sample(drafter, context.draft_z, context.guidance, noise), None),
+        "exact": partial(_exact, target, drafter),
     }
+    for tau in taus:
+        verifier = PaperVerifier(setup.session, replace(setup.plan, tau=tau))
+        modes[f"tau_{tau}"] = partial(_paper, target, drafter, verifier)
+    found = _contexts(pipeline, setup, contexts, draws)
+    wanted = [_sample(target, context.z, context.guidance, context.noise(1)) for context in found]
     figures = {}
-    for name, draw in modes.items():
-        drawn = [draw(context) for context in contexts]
+    for seed, (name, draw) in enumerate(modes.items(), start=2):
+        drawn = [draw(context, context.noise(seed)) for context in found]
+        apart = [_apart(tokens, other) for (tokens, _), other in zip(drawn, wanted, strict=True)]
+        accepted = [share for _, share in drawn if share is not None]
         figures[name] = {
-            "acceptance_rate": None if drawn[0][1] is None else float(np.mean([accepted for _, accepted in drawn])),
-            "energy_distance": float(
-                np.mean([_apart(tokens, other) for (tokens, _), other in zip(drawn, wanted, strict=True)])
-            ),
+            "acceptance_rate": float(np.mean(accepted)) if accepted else None,
+            "energy_distance": float(np.mean(apart)),
         }
     return figures
 
 
-def _contexts(pipeline: Pipeline, draft: str) -> tuple[Any, list[Context]]:
-    """Random places of the target's own images, as many known as uniform chance has it."""
+def _contexts(pipeline: Pipeline, setup: DecodingSetup, contexts: int, draws: int) -> list[Context]:
+    """Random positions of the target's own images, as many known as uniform chance has it."""
     manifest, rng = pipeline.bundle.manifest, np.random.default_rng(0)
-    labels = np.arange(CONTEXTS) % manifest.classes
+    labels = np.arange(contexts) % manifest.classes
     images = pipeline.generate(labels, seed=5, mode="target").tokens
-    known = images + manifest.chain.final_std * rng.standard_normal(images.shape, dtype=np.float32)
-    session = pipeline.session(DecodeOptions(mode="exact", draft=draft, ar_steps=manifest.tokens))
+    tokens = images + manifest.chain.final_std * rng.standard_normal(images.shape, dtype=np.float32)
     order = np.stack([rng.permutation(manifest.tokens) for _ in labels])
-    count = rng.integers(0, manifest.tokens, CONTEXTS)
-    span = PositionBatch.of(order, np.arange(manifest.tokens + 1), count, 1)
-    for model in session.steps.models:
+    count = rng.integers(0, manifest.tokens, contexts)
+    positions = PositionBatch.of(order, np.arange(manifest.tokens + 1), count, 1)
+    given = []
+    for model in setup.session.models:
         model.backbone.begin(labels)
-    z, draft_z = (model.backbone.condition(known, span) for model in session.steps.models)
-    guidance = session.plan.guidance_at(span.ar_step)
-    return session, [
-        Context(*(np.repeat(values[:, i : i + 1], DRAWS, axis=1) for values in (z, draft_z, guidance)))
-        for i in range(CONTEXTS)
+        given.append(model.backbone.condition(tokens, positions))
+    given.append(setup.plan.guidance_at(positions.ar_step))
+    return [
+        Context(np.full(draws, i), *(np.repeat(values[:, i : i + 1], draws, axis=1) for values in given))
+        for i in range(contexts)
     ]
 
 
-def _noise(head: Head, rng: np.random.Generator) -> ChainNoise:
-    return ChainNoise.of(rng.standard_normal((DRAWS, head.chain.length + 1, head.token_dim), dtype=np.float32))
+def _sample(head: Head, z: FloatArray, guidance: FloatArray, noise: TokenNoise) -> FloatArray:
+    return head.sample(z, guidance, noise.chain(head.chain.length, head.token_dim)).token
 
 
-def _alone(head: Head, z: FloatArray, context: Context, rng: np.random.Generator) -> FloatArray:
-    noise = _noise(head, rng)
-    return head.sample(z, context.guidance, noise.start, noise.steps).path[:, -1]
+def _exact(target: Head, drafter: Head, context: Context, noise: TokenNoise) -> Drawn:
+    normals = noise.chain(target.chain.length, target.token_dim)
+    drawn = drafter.sample(context.draft_z, context.guidance, normals)
+    token, _, accepted = verify(target, context.z, context.guidance, drawn, normals, noise)
+    return token, float(accepted.mean())
 
 
-def _propose(drafter: Head, context: Context, rng: np.random.Generator) -> Proposal:
-    noise = _noise(drafter, rng)
-    return Proposal(noise, drafter.sample(context.draft_z, context.guidance, noise.start, noise.steps))
-
-
-def _exact(target: Head, drafter: Head, rng: np.random.Generator, context: Context) -> tuple[FloatArray, float]:
-    proposal, n, dim = _propose(drafter, context, rng), target.chain.length, target.token_dim
-    z, guidance = context.target_z, context.guidance
-    means = target.means(proposal.drawn.path, z, guidance)
-    judgement = judge_exact(target.chain, proposal, means, rng.random((DRAWS, n + 1)))
-    token, rows = proposal.token.copy(), np.flatnonzero(~judgement.accepted)
-    token[rows] = complete_exact(
-        target.chain,
-        proposal,
-        judgement,
-        rows,
-        target.finish(z, guidance),
-        ResidualDraws(
-            coordinate=rng.random(len(rows)),
-            direction=rng.standard_normal((len(rows), dim)),
-            fresh=rng.standard_normal((len(rows), n, dim), dtype=np.float32),
-        ),
-    ).token
-    return token, float(judgement.accepted.mean())
-
-
-def _paper(
-    target: Head, drafter: Head, rng: np.random.Generator, tau: float, context: Context
-) -> tuple[FloatArray, float]:
-    proposal = _propose(drafter, context, rng)
-    aligned = target.sample(context.target_z, context.guidance, proposal.noise.start, proposal.noise.steps)
-    judgement = judge_paper(target.chain, proposal, aligned, rng.random(DRAWS), tau)
-    token, rows = proposal.token.copy(), np.flatnonzero(~judgement.accepted)
-    normal = rng.standard_normal((len(rows), PAPER_TRIES, target.token_dim))
-    token[rows] = complete_paper(target.chain, judgement, rows, normal, rng.random((len(rows), PAPER_TRIES))).token
-    return token, float(judgement.accepted.mean())
+def _paper(target: Head, drafter: Head, verifier: PaperVerifier, context: Context, noise: TokenNoise) -> Drawn:
+    normals, guidance = noise.chain(target.chain.length, target.token_dim), context.guidance
+    drawn, own = drafter.sample(context.draft_z, guidance, normals), target.sample(context.z, guidance, normals)
+    verdict = verifier.judge(Speculation(drawn, own), normals[:, 1:], noise)
+    token, rows = drawn.token.copy(), np.flatnonzero(~verdict.accepted)
+    token[rows] = verifier.complete(verdict, rows, guidance[:, rows], noise.pick(rows)).token
+    return token, float(verdict.accepted.mean())
 
 
 def _apart(first: FloatArray, second: FloatArray) -> float:

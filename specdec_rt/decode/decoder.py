@@ -125,12 +125,13 @@ class Decoder:
         batch, ar_step = self.batch, self.batch.ar_step[self.batch.under_way]
         waiting = 0 if self._plan.prefill else batch.waiting
         length = controller.choose(ar_step, len(batch), waiting, draft_is_behind=self._draft_is_behind)
-        started = self._clock()
+        caught_up = 0.0
         if length and self._draft_is_behind:
+            started = self._clock()
             # Rounded up, so that few lengths are captured. What images are fed past their last token is overwritten
             # before it is read.
             self._catch_up(self._session.device.bucketed(int(ar_step.max()), self._plan.schedule.steps))
-        caught_up = self._clock() - started
+            caught_up = self._clock() - started
         if length:
             record = self._round(length)
         else:

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from specdec_rt.decode.draft import ChainNoise, Proposal
-from specdec_rt.decode.verify import ResidualDraws, complete_exact, judge_exact
 from twosample import grouped_sliced_p_value
 
 from specdec_rt import DecodeOptions, load
+from specdec_rt.decode.head import Head
+from specdec_rt.decode.reference import verify
 from specdec_rt.families.position_batch import PositionBatch
+from specdec_rt.noise import NoiseSource, TokenNoise
 
 SIZES = {"fast, the bundle's guidance": (8, 500, None), "full, no guidance": (64, 2000, 1.0)}
 CASES = [
@@ -20,116 +21,86 @@ CASES = [
 
 
 @dataclass(frozen=True)
-class Prefixes:
-    """K prefixes, and how many next tokens are drawn for each."""
+class Side:
+    """A model's head, and its conditions `z [G, K, Z]` in K contexts."""
 
-    target: object
-    draft: object
-    target_z: np.ndarray
-    draft_z: np.ndarray
+    head: Head
+    z: np.ndarray
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """K contexts, and how many next tokens are drawn in each."""
+
+    target: Side
+    draft: Side
     guidance: np.ndarray
+    """`[G, K]`"""
     draws: int
 
     def __len__(self):
-        return self.target_z.shape[1]
+        return self.guidance.shape[1]
 
-    def rows(self, z, prefix):
-        return np.repeat(z[:, prefix : prefix + 1], self.draws, axis=1)
+    def each(self, seed):
+        """Of each context: the noise of its tokens, the same as normals, and both models' `z`, and guidance."""
+        head, position = self.target.head, np.arange(self.draws)
+        for context in range(len(self)):
+            noise = TokenNoise(NoiseSource(seed), np.full(self.draws, context), position)
+            z, draft_z, guidance = (
+                np.repeat(values[:, context : context + 1], self.draws, axis=1)
+                for values in (self.target.z, self.draft.z, self.guidance)
+            )
+            yield noise, noise.chain(head.chain.length, head.token_dim), z, draft_z, guidance
 
 
 @pytest.fixture(scope="module", params=CASES)
-def prefixes(request):
-    """Contexts of known tokens: in raster order before a place, or at random places of MAR's."""
+def contexts(request):
+    """Known tokens: in raster order before a position, or at random positions of MAR's."""
     bundle, count, draws, guidance = request.param
     pipeline = load(bundle)
     manifest = pipeline.bundle.manifest
     rng = np.random.default_rng(0)
     labels = np.arange(count) % manifest.classes
     images = pipeline.generate(labels, seed=5, mode="target")
-    context = images.tokens + manifest.chain.final_std * rng.standard_normal(images.tokens.shape, dtype=np.float32)
-    session = pipeline.session(DecodeOptions(guidance=guidance, ar_steps=manifest.tokens))
-    for model in session.steps.models:
-        model.backbone.begin(labels)
+    tokens = images.tokens + manifest.chain.final_std * rng.standard_normal(images.tokens.shape, dtype=np.float32)
+    setup = pipeline.setup(DecodeOptions(guidance=guidance, ar_steps=manifest.tokens))
     known = rng.integers(0, manifest.tokens, count)
-    conditions = [
-        next_condition(model.backbone, context, known, session.plan.random_order, rng_seed=1)
-        for model in session.steps.models
-    ]
-    return Prefixes(
-        *(model.head for model in session.steps.models), *conditions, session.plan.guidance_at(known)[:, :, None], draws
-    )
+    sides = []
+    for model in setup.session.models:
+        model.backbone.begin(labels)
+        sides.append(Side(model.head, next_condition(model.backbone, tokens, known, setup.plan.random_order)))
+    return Contexts(*sides, setup.plan.guidance_at(known), draws)
 
 
-def next_condition(backbone, context, known, random_order, rng_seed):
+def next_condition(backbone, tokens, known, random_order):
     """`z [G, K, Z]` for the token after the first `known [K]` of each image's order, one token a step."""
-    count, tokens = context.shape[:2]
+    count, length = tokens.shape[:2]
     if not random_order:  # the caches must be filled first
-        before = np.concatenate([np.zeros_like(context[:, :1]), context[:, :-1]], axis=1)
+        before = np.concatenate([np.zeros_like(tokens[:, :1]), tokens[:, :-1]], axis=1)
         return backbone.feed(before, np.zeros(count, np.int64))[:, np.arange(count), known]
-    rng = np.random.default_rng(rng_seed)
-    order = np.stack([rng.permutation(tokens) for _ in range(count)])
-    return backbone.condition(context, PositionBatch.of(order, np.arange(tokens + 1), known, 1))
-
-
-def alone(head, prefixes, z, seed):
-    """`[K, draws, D]` next tokens of one model by itself."""
-    rng = np.random.default_rng(seed)
-    tokens = []
-    for prefix in range(len(prefixes)):
-        noise = draw_noise(head, rng, prefixes.draws)
-        guidance = np.repeat(prefixes.guidance[:, prefix], prefixes.draws, axis=1)
-        tokens.append(head.sample(prefixes.rows(z, prefix), guidance, noise.start, noise.steps).path[:, -1])
-    return np.stack(tokens)
-
-
-def draw_noise(head, rng, rows):
-    return ChainNoise.of(rng.standard_normal((rows, head.chain.length + 1, head.token_dim), dtype=np.float32))
-
-
-def speculated(prefixes, seed):
-    """`[K, draws, D]` next tokens by exact speculation, and the share of drafts accepted."""
-    rng = np.random.default_rng(seed)
-    target, n = prefixes.target, prefixes.target.chain.length
-    tokens, accepted = [], []
-    for prefix in range(len(prefixes)):
-        noise = draw_noise(target, rng, prefixes.draws)
-        guidance = np.repeat(prefixes.guidance[:, prefix], prefixes.draws, axis=1)
-        drawn = prefixes.draft.sample(prefixes.rows(prefixes.draft_z, prefix), guidance, noise.start, noise.steps)
-        proposal = Proposal(noise, drawn)
-        z = prefixes.rows(prefixes.target_z, prefix)
-        means = target.means(drawn.path, z, guidance)
-        judgement = judge_exact(target.chain, proposal, means, rng.random((prefixes.draws, n + 1)))
-        rejected = np.flatnonzero(~judgement.accepted)
-        token = proposal.token.copy()
-        if len(rejected):
-            token[rejected] = complete_exact(
-                target.chain,
-                proposal,
-                judgement,
-                rejected,
-                target.finish(z, guidance),
-                ResidualDraws(
-                    coordinate=rng.random(len(rejected)),
-                    direction=rng.standard_normal((len(rejected), target.token_dim)),
-                    fresh=rng.standard_normal((len(rejected), n, target.token_dim), dtype=np.float32),
-                ),
-            ).token
-        tokens.append(token)
-        accepted.append(judgement.accepted.mean())
-    return np.stack(tokens), float(np.mean(accepted))
+    rng = np.random.default_rng(1)
+    order = np.stack([rng.permutation(length) for _ in range(count)])
+    return backbone.condition(tokens, PositionBatch.of(order, np.arange(length + 1), known, 1))
 
 
 @pytest.fixture(scope="module")
-def target_tokens(prefixes):
-    return alone(prefixes.target, prefixes, prefixes.target_z, seed=1)
+def target_tokens(contexts):
+    head = contexts.target.head
+    return np.stack([head.sample(z, guidance, normals).token for _, normals, z, _, guidance in contexts.each(seed=1)])
 
 
-def test_exact_draws_the_targets_next_token(prefixes, target_tokens):
-    tokens, accepted = speculated(prefixes, seed=2)
-    assert 0.5 < accepted < 0.99
-    assert grouped_sliced_p_value(tokens, target_tokens) > 0.01
+def test_exact_draws_the_targets_next_token(contexts, target_tokens):
+    target, draft, tokens, shares = contexts.target.head, contexts.draft.head, [], []
+    for noise, normals, z, draft_z, guidance in contexts.each(seed=2):
+        drawn = draft.sample(draft_z, guidance, normals)
+        token, _, accepted = verify(target, z, guidance, drawn, normals, noise)
+        tokens.append(token)
+        shares.append(accepted.mean())
+    assert 0.5 < np.mean(shares) < 0.99
+    assert grouped_sliced_p_value(np.stack(tokens), target_tokens) > 0.01
 
 
-def test_the_draft_alone_is_seen(prefixes, target_tokens):
-    tokens = alone(prefixes.draft, prefixes, prefixes.draft_z, seed=3)
-    assert grouped_sliced_p_value(tokens, target_tokens) < (1e-6 if prefixes.draws >= 2000 else 1e-3)
+def test_the_draft_alone_is_seen(contexts, target_tokens):
+    head = contexts.draft.head
+    tokens = [head.sample(z, guidance, normals).token for _, normals, _, z, guidance in contexts.each(seed=3)]
+    assert grouped_sliced_p_value(np.stack(tokens), target_tokens) < (1e-6 if contexts.draws >= 2000 else 1e-3)

@@ -1,8 +1,5 @@
 """Every GPU backend that works here, in turn; where none does, each test is skipped with the reason."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from drawing import SEED, draw
 
@@ -12,8 +9,6 @@ from specdec_rt.backends.availability import AUTO_ORDER, check
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import PrecisionTable, default_recipe
 from specdec_rt.bundle import load_bundle
-
-sys.path.append(str(Path(__file__).parents[1] / "distribution"))  # their two-sample tests serve here, too
 
 GPU_BACKENDS = tuple(name for name in AUTO_ORDER if name != "onnxruntime")
 BUCKETS = (1, 4, 16, 64)

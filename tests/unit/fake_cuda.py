@@ -42,34 +42,31 @@ def scatter_rows(to, of, index, count, width):
     at(to, (int(rows.max()) + 1, width))[rows] = at(of, (len(rows), width))
 
 
-def combine(to, p, q, r, s, count, *factors):
-    terms = zip(factors, (p, q, r, s), strict=True)
-    at(to, (count,))[:] = sum(factor * np.float64(at(array, (count,))) for factor, array in terms)
-
-
-def recur_rows(path, mean, noise, state, next_state, first_mean, begins, ends, factors, count, dim, length):
+def linear_recurrence(
+    path, mean, normals, before, after, evaluated_mean, begins, ends, coefficients, count, transitions, dim
+):
     rows = count // dim
-    paths, means = at(path, (rows, length + 1, dim)), at(mean, (rows, length, dim))
-    table = at(factors, (length, 5), np.float64)
+    paths, noise = (at(array, (rows, transitions + 1, dim)) for array in (path, normals))
+    means, table = at(mean, (rows, transitions, dim)), at(coefficients, (transitions, 5), np.float64)
+    befores, afters, evaluated = (at(array, (rows, dim)) for array in (before, after, evaluated_mean))
     for row, (begin, end) in enumerate(zip(at(begins, (rows,), np.int64), at(ends, (rows,), np.int64), strict=True)):
         if begin >= end:
+            afters[row] = befores[row]
             continue
-        first = np.float64(at(first_mean, (rows, dim))[row])
-        held = table[begin, 3] * paths[row, begin] + table[begin, 4] * first
-        means[row, begin], paths[row, begin + 1] = first, at(next_state, (rows, dim))[row]
+        x0_pred = table[begin, 3] * befores[row] + table[begin, 4] * evaluated[row]
+        means[row, begin], paths[row, begin + 1] = evaluated[row], afters[row]
         for step in range(begin + 1, end):
-            around = table[step, 0] * paths[row, step] + table[step, 1] * held
+            around = table[step, 0] * paths[row, step] + table[step, 1] * x0_pred
             means[row, step] = around
-            paths[row, step + 1] = around + table[step, 2] * at(noise, (rows, length, dim))[row, step]
-        at(state, (rows, dim))[row] = paths[row, end]
+            paths[row, step + 1] = around + table[step, 2] * noise[row, step + 1]
+        afters[row] = paths[row, end]
 
 
 PLAIN_KERNELS = {
     "copy_view": copy_view,
     "gather_rows": gather_rows,
     "scatter_rows": scatter_rows,
-    "combine": combine,
-    "recur_rows": recur_rows,
+    "linear_recurrence": linear_recurrence,
 }
 
 

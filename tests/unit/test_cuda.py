@@ -41,7 +41,7 @@ def compiled_kernels(tmp_path_factory):
 
     def kernel(name):
         function = getattr(loaded, name)
-        count_at = {"copy_view": 2, "gather_rows": 3, "scatter_rows": 3, "combine": 5, "recur_rows": 9}[name]
+        count_at = {"copy_view": 2, "gather_rows": 3, "scatter_rows": 3, "linear_recurrence": 9}[name]
 
         def call(*arguments):
             typed = [ctypes.c_double(a) if isinstance(a, float) else ctypes.c_longlong(a) for a in arguments]
@@ -125,59 +125,54 @@ def test_rows_are_gathered_and_scattered(device):
     assert not scattered[[1, 3, 4, 5]].any()
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_a_recurrence_is_what_a_loop_makes(device, steps):
-    rng = np.random.default_rng(0)
-    factors = rng.normal(size=(steps, 4))
-    start, first, second = rng.normal(size=(3, 5, 3)).astype(np.float32)
-    drawn = rng.normal(size=(steps, 5, 3)).astype(np.float32)
-    means, states = [], [np.float64(start)]
-    for each, (a, b, c, std) in enumerate(factors):
-        means.append(a * states[-1] + b * first + c * second)
-        states.append(means[-1] + std * drawn[each])
-    for where in (device, HostDevice()):
-        path, mean = where.aligned((steps + 1, 5, 3), np.float32), where.aligned((steps, 5, 3), np.float32)
-        noise, held = where.aligned((steps, 5, 3), np.float32), [where.zeros((5, 3), np.float32) for _ in range(2)]
-        path[0], noise[...], held[0][...], held[1][...] = start, drawn, first, second
-        where.upload(path, noise, *held)()
-        where.recur(path, mean, noise, (held[0], held[1]), factors)()
-        where.download(path, mean)()
-        where.wait()
-        np.testing.assert_allclose(mean, means, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(path, states, rtol=1e-6, atol=1e-6)
-
-
-def test_rows_recur_in_windows_of_their_own(device):
-    rng = np.random.default_rng(0)
-    length, windows = 5, [(0, 5), (1, 2), (3, 5), (5, 5), (1, 4), (1, 2)]  # whole, one step, an end, none, the midst
-    rows, factors = len(windows), rng.normal(size=(length, 5))
-    paths, drawn = rng.normal(size=(rows, length + 1, 3)), rng.normal(size=(rows, length, 3))
-    nexts, firsts, lasts = rng.normal(size=(3, rows, 3)).astype(np.float32)
-    paths, drawn = paths.astype(np.float32), drawn.astype(np.float32)
-    expected, means, states = np.float64(paths), np.zeros((rows, length, 3)), np.float64(lasts)
+def recurrence(path, mean, normals, evaluated, windows, coefficients):
+    """What `Device.linear_recurrence` promises, row by row: path, mean and the states after."""
+    path, mean, (before, after, evaluated_mean) = path.copy(), mean.copy(), (array.copy() for array in evaluated)
     for row, (begin, end) in enumerate(windows):
-        if begin == end:
+        if begin >= end:
+            after[row] = before[row]
             continue
-        held = factors[begin, 3] * paths[row, begin] + factors[begin, 4] * np.float64(firsts[row])
-        means[row, begin], expected[row, begin + 1] = firsts[row], nexts[row]
+        x0_pred = coefficients[begin, 3] * before[row] + coefficients[begin, 4] * evaluated_mean[row]
+        path[row, begin + 1], mean[row, begin] = after[row], evaluated_mean[row]
         for step in range(begin + 1, end):
-            means[row, step] = factors[step, 0] * expected[row, step] + factors[step, 1] * held
-            expected[row, step + 1] = means[row, step] + factors[step, 2] * drawn[row, step]
-        states[row] = expected[row, end]
+            mean[row, step] = coefficients[step, 0] * path[row, step] + coefficients[step, 1] * x0_pred
+            path[row, step + 1] = mean[row, step] + coefficients[step, 2] * normals[row, step + 1]
+        after[row] = path[row, end]
+    return path, mean, after
+
+
+WINDOWS = {
+    "all the same": [(1, 5)] * 4,
+    "the whole chain": [(0, 6)] * 3,
+    "one transition": [(2, 3)] * 3,
+    "none": [(4, 4)] * 3,
+    "each its own": [(0, 6), (1, 2), (3, 6), (6, 6), (1, 4), (5, 2), (1, 2), (3, 6)],
+}
+
+
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS.keys())
+def test_rows_go_on_with_their_prediction_through_windows_of_their_own(device, windows):
+    rng = np.random.default_rng(0)
+    rows, n, dim = len(windows), 6, 3
+    shapes = {"path": (rows, n + 1, dim), "mean": (rows, n, dim), "normals": (rows, n + 1, dim)}
+    shapes |= dict.fromkeys(("before", "after", "evaluated_mean"), (rows, dim))
+    values = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    coefficients = rng.standard_normal((n, 5))
+    path, mean, normals, *evaluated = values.values()
+    expected = recurrence(path, mean, normals, evaluated, windows, coefficients)
     for where in (device, HostDevice()):
-        path, mean, noise = (where.zeros((rows, length + more, 3), np.float32) for more in (1, 0, 0))
-        state, next_state, first_mean = (where.zeros((rows, 3), np.float32) for _ in range(3))
-        begins, ends = (where.zeros((rows,), np.int64) for _ in range(2))
-        table = where.zeros((length, 5), np.float64)
-        path[:], noise[:], state[:], next_state[:], first_mean[:] = paths, drawn, lasts, nexts, firsts
-        (begins[:], ends[:]), table[:] = np.transpose(windows), factors
-        where.upload(path, noise, state, next_state, first_mean, begins, ends, table)()
-        where.recur_rows(path, mean, noise, state, (next_state, first_mean), (begins, ends), table)()
-        where.download(path, mean, state)()
+        arrays = {name: where.zeros(shape, np.float32) for name, shape in shapes.items()}
+        for name, array in arrays.items():
+            array[:] = values[name]
+        window, table = (where.zeros((rows,), np.int64), where.zeros((rows,), np.int64)), where.zeros((n, 5), np.float64)
+        (window[0][:], window[1][:]), table[:] = np.transpose(windows), coefficients
+        where.upload(*arrays.values(), *window, table)()
+        path, mean, normals, *evaluated = arrays.values()
+        where.linear_recurrence(path, mean, normals, tuple(evaluated), window, table)()
+        where.download(path, mean, arrays["after"])()
         where.wait()
-        np.testing.assert_allclose(path, expected, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(mean, means, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(state, states, rtol=1e-5, atol=1e-5)
+        for found, wanted in zip((path, mean, arrays["after"]), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_is_captured_once_and_replayed(device):

@@ -1,14 +1,10 @@
 """Figures of the next token, as an evaluation of a MAR bundle takes them, from few contexts and draws."""
 
-from export.digits import next_token
-from specdec_rt import load
+from export.digits.next_token import next_token_distances
 
 
-def test_exact_is_as_near_as_the_target_and_a_draft_is_not(monkeypatch):
-    monkeypatch.setattr(next_token, "CONTEXTS", 3)
-    monkeypatch.setattr(next_token, "DRAWS", 200)
-
-    found = next_token.next_token_distances(load("digits-mar", threads=1), "small", (1, 42))
+def test_exact_is_as_near_as_the_target_and_a_draft_is_not(cpu):
+    found = next_token_distances(cpu("digits-mar"), "small", (1, 42), contexts=3, draws=200)
 
     assert set(found) == {"target", "draft", "exact", "tau_1", "tau_42"}
     assert 0.2 < found["exact"]["acceptance_rate"] < 0.8

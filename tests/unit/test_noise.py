@@ -8,7 +8,7 @@ from scipy import stats
 
 from specdec_rt import noise
 from specdec_rt.errors import UsageError
-from specdec_rt.noise import Ahead, NoiseSource, Purpose
+from specdec_rt.noise import NoiseSource, Purpose, TokenNoise
 
 IMAGE, TOKEN = np.array([0, 0, 5, 1]), np.array([0, 1, 2, 0])
 
@@ -147,19 +147,50 @@ def test_a_bad_seed_is_refused(seed):
         NoiseSource(seed)
 
 
-def test_draws_ahead_are_the_same_and_fewer():
-    source, asked = NoiseSource(5), []
+# --- the random numbers of tokens ------------------------------------------------------------------------
 
-    def draw(image, token):
-        asked.append(len(token))
-        return source.normal(image, token, Purpose.CHAIN, 3, 2)
 
-    ahead = Ahead(draw)
-    images = np.array([4, 9])
-    for first in range(8):
-        coming = np.repeat(images, 4), (first + np.arange(8) % 4)
-        drawn = ahead(images, np.full(2, first), lambda coming=coming: coming)
-        np.testing.assert_array_equal(drawn, source.normal(images, np.full(2, first), Purpose.CHAIN, 3, 2))
-    assert asked == [8, 8]
-    again = ahead(images[1:], np.array([0]), lambda: (images[1:], np.array([0])))  # what was passed by is drawn anew
-    np.testing.assert_array_equal(again, source.normal(images[1:], np.array([0]), Purpose.CHAIN, 3, 2))
+OF_TOKENS = TokenNoise(NoiseSource(5), IMAGE, TOKEN)
+DRAWN = {
+    "a chain's": lambda noise: noise.chain(3, 2),
+    "acceptance's": lambda noise: noise.acceptance(4, attempt=1),
+    "a residual's uniform": lambda noise: noise.residual(2, attempt=1)[0],
+    "a residual's normals": lambda noise: noise.residual(2, attempt=1)[1],
+    "the normals of residual tries": lambda noise: noise.residual_tries(6, 2)[0],
+    "the uniforms of residual tries": lambda noise: noise.residual_tries(6, 2)[1],
+    "a completion's": lambda noise: noise.completion(3, 2, attempt=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("drawn", "expected"),
+    [
+        ("a chain's", ("normal", Purpose.CHAIN, 3 + 1, 2)),
+        ("acceptance's", ("uniform", Purpose.ACCEPTANCE, 4, 1)),
+        ("a residual's normals", ("normal", Purpose.RESIDUAL, 1, 2, 1)),
+        ("the normals of residual tries", ("normal", Purpose.RESIDUAL, 6, 2)),
+        ("the uniforms of residual tries", ("uniform", Purpose.RESIDUAL, 6)),
+        ("a completion's", ("normal", Purpose.COMPLETION, 3, 2, 1)),
+    ],
+)
+def test_a_purpose_of_tokens_is_drawn_with_their_keys(drawn, expected):
+    kind, *asked = expected
+    wanted = getattr(NoiseSource(5), kind)(IMAGE, TOKEN, *asked)
+    found = DRAWN[drawn](OF_TOKENS)
+    np.testing.assert_array_equal(found, wanted.reshape(found.shape))
+
+
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_picked_tokens_keep_their_random_numbers(drawn):
+    rows = np.array([3, 1])
+    found, whole = DRAWN[drawn](OF_TOKENS.pick(rows)), DRAWN[drawn](OF_TOKENS)
+    np.testing.assert_array_equal(found, whole[rows])
+
+
+def test_no_two_of_a_tokens_random_numbers_are_the_same():
+    """A completion on the noise of the draft, or on that of an earlier attempt, would be biased."""
+    drawn = [draw(OF_TOKENS).ravel() for draw in DRAWN.values()]
+    drawn += [OF_TOKENS.completion(3, 2).ravel(), OF_TOKENS.acceptance(4).ravel(), OF_TOKENS.residual(2)[1].ravel()]
+    values = np.concatenate(drawn)
+    # A residual is one try's proposal, and the first of `residual_tries`: a mode uses the one or the other.
+    assert len(np.unique(values)) == len(values) - OF_TOKENS.residual(2)[1].size

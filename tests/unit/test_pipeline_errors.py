@@ -5,19 +5,27 @@ import pytest
 from bundles import copy_bundle, edit_manifest
 
 import specdec_rt
+from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
+from specdec_rt.bundle import load_bundle
 from specdec_rt.errors import ChainError, SpecDecError, UsageError
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    return specdec_rt.load("digits")
+def pipeline(cpu):
+    return cpu("digits")
 
 
-@pytest.fixture
-def idle(pipeline, monkeypatch):
-    """The pipeline, on a backend that must not be asked for anything."""
-    monkeypatch.setattr(type(pipeline.backend), "load", lambda *_: pytest.fail("an engine was made"))
-    return pipeline
+class Idle(OnnxRuntimeBackend):
+    """Must not be asked for any engine."""
+
+    def load(self, path):
+        """As in `Backend`."""
+        pytest.fail(f"an engine was made of {path}")
+
+
+@pytest.fixture(scope="module")
+def idle():
+    return specdec_rt.Pipeline(load_bundle("digits"), Idle())
 
 
 @pytest.mark.parametrize(
@@ -29,7 +37,7 @@ def idle(pipeline, monkeypatch):
         ({"threads": -2}, "threads is -2; expected"),
     ],
 )
-def test_load(arguments, said):
+def test_load_refuses(arguments, said):
     with pytest.raises(UsageError) as caught:
         specdec_rt.load("digits", **arguments)
     assert said in str(caught.value)
@@ -50,7 +58,7 @@ def test_load(arguments, said):
         (np.array([1.0]), "expected a list of whole numbers"),
     ],
 )
-def test_labels(idle, labels, said):
+def test_labels_that_are_none_are_refused(idle, labels, said):
     with pytest.raises(UsageError) as caught:
         idle.generate(labels)
     assert said in str(caught.value)
@@ -93,7 +101,7 @@ def test_labels(idle, labels, said):
         ({"options": specdec_rt.DecodeOptions(), "mode": "exact"}, "pass one or the other"),
     ],
 )
-def test_arguments(idle, arguments, said):
+def test_arguments_that_cannot_be_are_refused(idle, arguments, said):
     with pytest.raises(UsageError) as caught:
         idle.generate([1], **arguments)
     assert said in str(caught.value)
@@ -104,7 +112,7 @@ def test_arguments(idle, arguments, said):
     ("field", "value"),
     [("final_std", 0.0), ("t_max", 999)],
 )
-def test_a_chain_on_which_exact_cannot_work(tmp_path, field, value):
+def test_exact_refuses_a_chain_on_which_it_cannot_work(tmp_path, field, value):
     folder = copy_bundle(tmp_path / "copy")
     edit_manifest(folder, "chain", field, value=value)
     pipeline = specdec_rt.load(folder)
@@ -142,7 +150,7 @@ def test_the_bundle_says_what_a_request_leaves_open(tmp_path):
     assert (stats.mode, stats.target_backbone_calls) == ("draft", 0)
 
 
-def test_a_request_within_another_ones_progress(pipeline):
+def test_a_request_within_another_ones_progress_is_refused(pipeline):
     def again(done, total):  # noqa: ARG001  # a callback's
         pipeline.generate([1], mode="draft")
 

@@ -1,23 +1,23 @@
-"""Decoders that share the images of a request, a thread each."""
+"""Workers that share the images of a request, a thread each."""
 
 import threading
 import time
 
 import numpy as np
 import pytest
+from tolerances import SAME_TO_ROUNDING, largest_difference
 
 from specdec_rt import Pipeline, UsageError, load
 from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
 from specdec_rt.bundle import load_bundle
 from specdec_rt.workers import run_workers
 
-CLOSE = 1e-3
 LABELS = np.arange(5)
 
 
 @pytest.fixture(scope="module")
-def alone():
-    return load("digits-mar", backend="onnxruntime", threads=1)
+def alone(cpu):
+    return cpu("digits-mar")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_images_and_counts_are_those_of_one_worker(alone, shared, mode):
     expected = alone.generate(LABELS, **asked)
     found = shared.generate(LABELS, **asked, progress=lambda done, total: seen.append((done, total)))
 
-    assert np.abs(found.tokens - expected.tokens).max() <= CLOSE
+    assert largest_difference(found.tokens, expected.tokens) <= SAME_TO_ROUNDING
     np.testing.assert_array_equal(found.labels, LABELS)
     for name in ("rounds", "accepted", "target_backbone_calls", "sequential_head_calls", "draft_lengths"):
         assert getattr(found.stats, name) == getattr(expected.stats, name)
@@ -46,7 +46,7 @@ def test_fewer_images_than_workers(alone, shared):
     asked = {"seed": 2, "mode": "target", "ar_steps": 2, "guidance": 1.0}
     np.testing.assert_array_equal(shared.generate([4], **asked).tokens, alone.generate([4], **asked).tokens)
     many = shared.generate(LABELS, batch_size=1, **asked)
-    assert np.abs(many.tokens - alone.generate(LABELS, **asked).tokens).max() <= CLOSE
+    assert largest_difference(many.tokens, alone.generate(LABELS, **asked).tokens) <= SAME_TO_ROUNDING
 
 
 def test_an_interrupt_ends_all_and_leaves_the_pipeline_of_use(shared):
@@ -62,26 +62,26 @@ def test_an_interrupt_ends_all_and_leaves_the_pipeline_of_use(shared):
 
 
 def test_a_failure_ends_the_others_early():
-    told = []
+    done = []
 
-    def fails(tell):
-        tell(1)
+    def fails(progress):
+        progress(1)
         raise ValueError("one of them")
 
-    def goes_on(tell):
+    def goes_on(progress):
         for _ in range(1000):
             time.sleep(0.01)
-            tell(1)
-            told.append(1)
+            progress(1)
+            done.append(1)
 
     with pytest.raises(ValueError, match="one of them"):
         run_workers([goes_on, fails], lambda _: None)
-    assert len(told) < 100
+    assert len(done) < 100
 
 
 @pytest.mark.parametrize(
     ("workers", "said"), [(0, "workers is 0"), (10_000, "workers is 10000"), ("2", "workers is '2'")]
 )
-def test_workers_that_are_none(workers, said):
+def test_a_number_of_workers_that_cannot_be_is_refused(workers, said):
     with pytest.raises(UsageError, match=said):
         load("digits", workers=workers)

@@ -1,15 +1,12 @@
-"""The chain against values recorded from the public MAR reference, and what each field of its spec does."""
+"""The denoising chain against values recorded from the public MAR reference, and what each field of its spec does."""
 
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from specdec_rt.ar_schedule import cosine_schedule, guidance_weights, raster_schedule
 from specdec_rt.chain import Chain, ChainSpec, compile_chain, cosine_alpha_bar
-from specdec_rt.draft_steps import choose_draft_steps
 from specdec_rt.errors import ChainError
 
 STOCK = ChainSpec(steps=25, variance="learned")
@@ -172,51 +169,15 @@ def test_exact_takes_a_chain_with_noise_in_every_transition():
     assert np.all(chain.std > 0)
 
 
-def test_cosine_steps_are_the_references():
-    """The rows that the reference drew in each of 8 AR steps of 64 tokens, 3 images at a time."""
-    np.testing.assert_array_equal(np.diff(cosine_schedule(64, 8).known) * 3, [6, 9, 18, 24, 30, 33, 36, 36])
-
-
-def test_linear_guidance_grows_with_the_tokens_that_are_known():
-    schedule = cosine_schedule(64, 8)
-    weights = guidance_weights(schedule.progress, scale=3.0, schedule="linear")
-    np.testing.assert_allclose(weights[0, [0, 1, 7]], [1 + 2 * 2 / 64, 1 + 2 * 5 / 64, 1 + 2 * 63 / 64])
-    np.testing.assert_allclose(weights.sum(axis=0), 1)
-    raster = guidance_weights(raster_schedule(4).progress, scale=3.0, schedule="linear")
-    np.testing.assert_allclose(raster[0], [1.5, 2.0, 2.5, 3.0])
-
-
-def test_constant_guidance_is_the_scale_and_none_has_one_branch():
-    progress = raster_schedule(3).progress
-    np.testing.assert_array_equal(guidance_weights(progress, scale=2.0, schedule="constant"), [[2.0] * 3, [-1.0] * 3])
-    np.testing.assert_array_equal(guidance_weights(progress, scale=1.0, schedule="linear"), [[1.0] * 3])
-
-
-# --- strided drafts ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-def test_no_choice_of_steps_costs_less(count):
-    chain = compile_chain(replace(EXACT, steps=10, drop_last=1))
-    n = chain.length
-    alpha_bar = cosine_alpha_bar()[chain.timestep]
-    per_clean = chain.epsilon_coefficient * np.sqrt(alpha_bar / (1 - alpha_bar))  # of x̂₀ in a mean
-    weight = per_clean**2 / (2 * chain.std**2)
-    movement = np.append(0, np.diff(np.log(alpha_bar / (1 - alpha_bar))) / np.sqrt(weight[1:]))
-
-    def cost(chosen):
-        last = np.maximum.accumulate(np.where(chosen, np.arange(n), 0))
-        return sum(weight[k] * movement[last[k] + 1 : k + 1].sum() for k in range(n))
-
-    found = choose_draft_steps(chain, count)
-    assert found[0]
-    assert found.sum() == count
-    others = ((0, *rest) for rest in combinations(range(1, n), count - 1))
-    assert cost(found) <= min(cost(np.isin(np.arange(n), other)) for other in others) * (1 + 1e-12)
-
-
-def test_a_chain_without_noise_at_its_end_can_be_strided():
-    chain = compile_chain(replace(EXACT, steps=100, final_std=0.0))
-    chosen = choose_draft_steps(chain, 20)
-    assert (chosen.sum(), chosen[0], chosen[-1]) == (20, True, True)
-    assert choose_draft_steps(chain, 1000).all()
+def test_the_prediction_that_a_chain_is_held_on_is_the_clean_token():
+    table = compile_chain(ChainSpec(steps=30, t_max=975, final_std=0.1))
+    hold, rng = table.hold_coefficients, np.random.default_rng(0)
+    state, epsilon, later = rng.normal(size=3)
+    for step in (0, 7, 28):
+        mean = table.state_coefficient[step] * state + table.epsilon_coefficient[step] * epsilon
+        clean = table.prediction_state[step] * state + table.prediction_epsilon[step] * epsilon
+        assert hold[step, 3] * state + hold[step, 4] * mean == pytest.approx(clean)
+        after = step + 1
+        held = (clean - table.prediction_state[after] * later) / table.prediction_epsilon[after]
+        wanted = table.state_coefficient[after] * later + table.epsilon_coefficient[after] * held
+        assert hold[after, 0] * later + hold[after, 1] * clean == pytest.approx(wanted)
