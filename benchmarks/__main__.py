@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m benchmarks run SCENARIO` measures, `python -m benchmarks report RESULTS.json…` shows.
+"""Benchmarks: `python -m benchmarks run SCENARIO` measures, `python -m benchmarks report RESULTS.json…` shows figures.
 
 Figures mean something only where nothing else runs on the machine.
 """
@@ -16,7 +16,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do as the words say; 0, or the exit code of what went wrong."""
+    """Do what the command line says. Returns 0, or the exit code of what went wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
     given = _parser().parse_args(words)
     try:
@@ -58,15 +58,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure a scenario")
-    run.add_argument("scenario", help=f"{known}, or a TOML file")
-    run.add_argument("--out", type=Path, metavar="FILE.json", help="default: SCENARIO.json")
-    run.add_argument("--threads", type=_count, default=2, help="of every engine alike (default: %(default)s)")
-    run.add_argument("--only", metavar="TEXT", help="of the variants those whose name holds it")
-    run.add_argument("--batches", type=_counts, metavar="1,16", help="in place of the scenario's, for all variants")
-    run.add_argument("--repeats", type=_count, help="in place of the scenario's")
-    run.add_argument("--samples", type=_count, help="in place of the scenario's")
-    run.add_argument("--warmup", type=_count, help="in place of the scenario's")
-    report = commands.add_parser("report", help="tables and plots of results")
+    run.add_argument("scenario", help=f"one of {known}, or a TOML file")
+    run.add_argument("--out", type=Path, metavar="FILE.json", help="where the figures go (default: SCENARIO.json)")
+    run.add_argument("--threads", type=_count, default=2, help="threads of every engine (default: %(default)s)")
+    run.add_argument("--only", metavar="TEXT", help="measure only variants whose name holds this")
+    run.add_argument(
+        "--batches", type=_counts, metavar="1,16", help="batch sizes of all variants, in place of the scenario's"
+    )
+    run.add_argument("--repeats", type=_count, help="processes per case, in place of the scenario's")
+    run.add_argument("--samples", type=_count, help="timed requests per process, in place of the scenario's")
+    run.add_argument("--warmup", type=_count, help="untimed requests before them, in place of the scenario's")
+    report = commands.add_parser("report", help="write tables and plots of results")
     report.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
     report.add_argument("--out", type=Path, required=True, metavar="DIR", help="benchmarks.md and its plots go there")
     return parser

@@ -1,9 +1,9 @@
-"""A bundle with one draft more, `DRAFT-int8`: DRAFT, with int8 weights in its head's `denoise_step`.
+"""A bundle with one more draft, `DRAFT-int8`: like DRAFT, but with int8 weights in its head's `denoise_step`.
 
-`python -m benchmarks.int8_draft BUNDLE DRAFT OUT`; nothing is written where OUT holds just that already.
+`python -m benchmarks.int8_draft BUNDLE DRAFT OUT` writes it, unless OUT holds just that already.
 
-Of `digits` (adapter, γ 4, 12 draft steps), against the same draft in single precision, of which 0.73 are accepted;
-requests by turns on one core with AVX-512 VNNI, others at work beside it:
+What it gives on `digits` (adapter, γ 4, 12 draft steps), compared with the same draft in single precision, of whose
+tokens 0.73 are accepted. Requests took turns on one core with AVX-512 VNNI, while others were at work on the machine:
 
 | quantised | accepted | time, batch 1 | batch 16 |
 |---|---|---|---|
@@ -12,13 +12,14 @@ requests by turns on one core with AVX-512 VNNI, others at work beside it:
 | `modulation`, by columns | 0.59 | 1.00 | 1.06 |
 | both, by columns | 0.59 | 1.00 | 1.07 |
 
-A call of `modulation` takes 0.36 of its time in int8, but more rejections cost more than that gains.
+A call of `modulation` takes 0.36 of its time in int8, but the rejections cost more than that gains.
 
-Activations are quantised in each call, with one scale for all of its rows: what is drafted for a token depends, by as
-much as rounding, on those drafted beside it. Where a call drafts one token (a causal bundle, one image a batch)
-`exact` mode is exact whatever the draft computes. Elsewhere the noise of a dropped token, which is used again, has had
-a say in its neighbours' states, and through them in the means that it is added to: there it is exact but for that, and
-the image of a seed depends on its batch.
+Is mode `exact` still exact? Activations are quantised in each call, with one scale for all rows of the call. So the
+draft of a token depends, by about as much as rounding, on the tokens drafted in the same call. Where a call drafts one
+token (a causal bundle, one image per batch) that makes no difference: `exact` is exact whatever the draft computes.
+Elsewhere the noise of a dropped token, which is used again later, has had a small say in the states of other tokens in
+its call, and through them in the means that it is added to. There `exact` is exact but for that, and a seed's image
+depends on its batch.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 from safetensors import safe_open
 
-from benchmarks.derived import made_of, told
+from benchmarks.derived import made_of, run_writer
 from export.bundles import replace_bundle, require_replaceable, write_manifest
 from specdec_rt.bundle import Bundle, file_sha256, load_bundle
 from specdec_rt.errors import OutputError, UsageError
@@ -44,21 +45,19 @@ from specdec_rt.manifest import HEAD_GRAPHS, MANIFEST, Family, GraphName, Model
 
 __all__ = ["int8_draft", "main", "quantise"]
 
-PER_CHANNEL = False
-"""Whether each column of a weight matrix has a scale of its own."""
 NARROWEST = 64
-"""Products that are less wide or long stay in single precision: no slower, and part of the error is theirs."""
+"""Products of weights with fewer rows or columns stay in single precision: they would be no faster, and less exact."""
 PROVENANCE = "int8_draft"
 """Key of the manifest's provenance that says what such a bundle was made of."""
 HEAD_WEIGHTS: Mapping[Family, str] = {"causal": "head.", "mar": "diffloss."}
 """How the names of a head's weights begin."""
 
 
-def int8_draft(source: str | Path, draft: str, out: Path) -> bool:
-    """Copy the bundle (a folder, or an embedded one's name) to `out` and add the draft; whether that had to be done.
+def int8_draft(source: str | Path, draft: str, out: Path, *, per_channel: bool = False) -> bool:
+    """Copy the bundle (a folder, or an embedded one's name) to `out` and add the draft. Returns whether it had to.
 
-    Raises UsageError where there is no such draft or `out` is the bundle itself, OutputError where `out` holds
-    something else or cannot be written.
+    With `per_channel` each column of a weight matrix has a scale of its own. Raises UsageError where there is no such
+    draft or `out` is the bundle itself, OutputError where `out` holds something else or cannot be written.
     """
     bundle = load_bundle(source)
     _require(bundle, draft, out)
@@ -66,7 +65,7 @@ def int8_draft(source: str | Path, draft: str, out: Path) -> bool:
     note = {
         "draft": draft,
         "source_manifest": file_sha256(bundle.folder / MANIFEST),
-        "per_channel": PER_CHANNEL,
+        "per_channel": per_channel,
         "narrowest": NARROWEST,
         "onnxruntime": onnxruntime.__version__,
     }
@@ -87,8 +86,8 @@ def int8_draft(source: str | Path, draft: str, out: Path) -> bool:
     return True
 
 
-def quantise(source: Path, path: Path) -> None:
-    """Write the graph at `source`, its wide products in int8, to `path`: bindings stay, weights lie inside."""
+def quantise(source: Path, path: Path, *, per_channel: bool) -> None:
+    """Write the graph at `source` to `path` with its wide products in int8. Bindings stay, weights lie inside."""
     with tempfile.TemporaryDirectory() as passing:
         folded = Path(passing) / "folded.onnx"
         _fold(source, folded)
@@ -101,7 +100,7 @@ def quantise(source: Path, path: Path) -> None:
     quantize_dynamic(
         model,
         path,
-        per_channel=PER_CHANNEL,
+        per_channel=per_channel,
         weight_type=QuantType.QInt8,  # QUInt8 takes 0.8 to 1.07 of the time in single precision, this 0.6
         # A Gemm is made a MatMul of another name before names are compared.
         nodes_to_exclude=[name + ending for name in narrow for ending in ("", "_MatMul")],
@@ -138,7 +137,7 @@ def _write(bundle: Bundle, draft: str, note: Mapping[str, Any], folder: Path) ->
     graphs |= {graph: head.graphs[graph] for graph in HEAD_GRAPHS}
     step = graphs[GraphName.DENOISE_STEP]
     file = f"{_name(draft)}.{GraphName.DENOISE_STEP}.onnx"
-    quantise(folder / step.file, folder / file)
+    quantise(folder / step.file, folder / file, per_channel=note["per_channel"])
     graphs[GraphName.DENOISE_STEP] = step.model_copy(update={"file": file, "variants": {}})
     added = record.model_copy(
         update={
@@ -161,7 +160,7 @@ def _write(bundle: Bundle, draft: str, note: Mapping[str, Any], folder: Path) ->
 
 
 def _parameters(bundle: Bundle, record: Model) -> int:
-    """A draft's, those of the head that it drives among them."""
+    """A draft's parameters, with those of the head that it drives."""
     if record.head == "own":
         return record.parameters
     of_head = HEAD_WEIGHTS[bundle.manifest.family]
@@ -171,9 +170,9 @@ def _parameters(bundle: Bundle, record: Model) -> int:
 
 
 def _fold(source: Path, path: Path) -> None:
-    """Write the graph at `source`, its weights in single precision inside and nothing left to compute of them alone.
+    """Write the graph at `source` to `path` with its weights as constants in single precision, which can be quantised.
 
-    As it lies in a bundle they are what Cast, Transpose and Concat make of stored ones: no constants to quantise.
+    In a bundle's graph they are what Cast, Transpose and Concat make of the stored weights.
     """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -183,15 +182,15 @@ def _fold(source: Path, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """As the module says; 0, or the exit code of what went wrong."""
+    """Write the bundle. Returns 0, or the exit code of what went wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.int8_draft", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("bundle", help="an embedded bundle's name, or a folder")
-    parser.add_argument("draft", help="of that bundle")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the new bundle's folder")
+    parser.add_argument("bundle", help="the name of an embedded bundle, or a bundle's folder")
+    parser.add_argument("draft", help="the name of a draft in that bundle")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder of the new bundle")
     given = parser.parse_args(argv)
-    return told(lambda: int8_draft(given.bundle, given.draft, given.out), given.out)
+    return run_writer(lambda: int8_draft(given.bundle, given.draft, given.out), given.out)
 
 
 if __name__ == "__main__":

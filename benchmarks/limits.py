@@ -1,8 +1,8 @@
-"""The physical limit: what each graph must move and compute, against what this machine can.
+"""The physical limit: what each graph must move and compute, compared with what this machine can.
 
-A call reads every weight that it multiplies with once, reads its inputs and writes its outputs (of a cache, the
-places that are new); what lies between stays in the processor's caches and is not counted. Operations are torch's
-own count of the same modules' products, two for a multiplication and an addition.
+A call reads every weight that it multiplies with once, reads its inputs and writes its outputs (of a key-value cache,
+only what is new). What lies in between stays in the processor's caches, and is not counted. Operations are torch's own
+count of the products of the same modules: a multiplication and an addition are two.
 """
 
 import math
@@ -21,7 +21,7 @@ from export.mar_models import MarPair, read_mar_pair
 from export.models.causal import CausalModel
 from export.models.mar import Mar, MarBackbone
 from specdec_rt.bench.graph_times import bind_graph, graph_sizes, time_call
-from specdec_rt.build.builder import GraphSlot, graph_slots
+from specdec_rt.build.bundle_graphs import BundleGraph, bundle_graphs
 from specdec_rt.chain import compile_chain
 from specdec_rt.manifest import Binding, GraphName
 from specdec_rt.pipeline import Pipeline
@@ -29,14 +29,14 @@ from specdec_rt.pipeline import Pipeline
 __all__ = ["graph_limits", "graph_work", "machine_limits"]
 
 SIZES = tuple(2**power for power in (18, 20, 22, 24, 26, 28, 30))
-"""Bytes of the arrays that are moved, from cache-resident to larger than any cache."""
+"""Bytes of the arrays that are moved: from one that fits a cache to one larger than any cache."""
 MATRIX = 2048
 SECONDS = 0.3
 ITEM_BYTES: Mapping[str, int] = {"float32": 4, "int64": 8, "bool": 1}
 
 
 def machine_limits(sizes: tuple[int, ...] = SIZES, matrix: int = MATRIX) -> dict[str, Any]:
-    """Bytes a second, copied (read and written) and read (by a matrix-vector product), and operations a second."""
+    """Bytes per second that are copied (read and written), or read for a product; operations per second."""
     moved = [_moved(size) for size in sizes]
     square = torch.ones(matrix, matrix)
     seconds = _best(lambda: square @ square)
@@ -51,7 +51,7 @@ def _moved(size: int) -> dict[str, float]:
 
 
 def _best(work: Callable[[], Tensor]) -> float:
-    """The least time of some repeats: a limit is what can be reached."""
+    """The shortest time of some repeats: a limit is what can be reached."""
     work()
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < SECONDS:
@@ -62,7 +62,7 @@ def _best(work: Callable[[], Tensor]) -> float:
 
 
 def bandwidth(machine: Mapping[str, Any], size: int) -> float:
-    """Bytes a second that a working set of `size` bytes can be read at, between the two nearest that were measured."""
+    """Bytes per second at which `size` bytes can be read, interpolated between the two nearest measured sizes."""
     at = [math.log(row["bytes"]) for row in machine["moved"]]
     rates = [max(row["copy_bytes_per_second"], row["read_bytes_per_second"]) for row in machine["moved"]]
     return float(np.interp(math.log(max(size, 1)), at, rates))
@@ -71,15 +71,15 @@ def bandwidth(machine: Mapping[str, Any], size: int) -> float:
 def graph_limits(
     pipeline: Pipeline, machine: Mapping[str, Any], *, batch: int, branches: int, draft_length: int
 ) -> list[dict[str, Any]]:
-    """Each graph as a round calls it: backbones with one token, the target's also with γ, heads with one row an image.
+    """Each graph with sizes as in a round, against the limits of the machine.
 
-    `path_means` has γ rows an image.
+    Backbones get one token per image, the target's γ as well. Heads get one row per image, `path_means` γ rows.
     """
     manifest = pipeline.bundle.manifest
     pair = read_pair(pipeline.bundle.folder) if manifest.family == "causal" else read_mar_pair(pipeline.bundle.folder)
     chain = compile_chain(manifest.chain).length
     rows = []
-    for slot in graph_slots(manifest):
+    for slot in bundle_graphs(manifest):
         if slot.name in (None, GraphName.TIME_EMBEDDING):
             continue  # called once an image, or once for all
         for x, y in _shapes(slot, manifest.family, batch, draft_length, manifest.tokens, chain):
@@ -105,7 +105,7 @@ def graph_limits(
 
 
 def _shapes(
-    slot: GraphSlot, family: str, batch: int, draft_length: int, tokens: int, chain: int
+    slot: BundleGraph, family: str, batch: int, draft_length: int, tokens: int, chain: int
 ) -> list[tuple[int, int]]:
     if slot.name is GraphName.BACKBONE:
         verify = (batch, draft_length) if family == "causal" else (batch * draft_length, tokens // 2)
@@ -116,7 +116,7 @@ def _shapes(
     return [(batch * draft_length if slot.name is GraphName.PATH_MEANS else batch, 1)]
 
 
-def graph_work(pair: CausalPair | MarPair, slot: GraphSlot, sizes: Mapping[str, int]) -> dict[str, Any]:
+def graph_work(pair: CausalPair | MarPair, slot: BundleGraph, sizes: Mapping[str, int]) -> dict[str, Any]:
     """`weight_bytes`, `state_bytes`, `bytes` and `operations` of one call in single precision."""
     module = _module(pair, slot)
     weights = 4 * sum(
@@ -134,7 +134,7 @@ def graph_work(pair: CausalPair | MarPair, slot: GraphSlot, sizes: Mapping[str, 
 
 
 def _multiplies(graph: GraphName | None, part: str) -> bool:
-    """Whether a graph multiplies with the weights of a part of its module: a head's graphs share one module."""
+    """Whether the graph multiplies with the weights of this part of its module. A head's graphs share one module."""
     of_condition = "adaLN_modulation" in part or "cond_embed" in part
     of_head = graph in (GraphName.MODULATION, GraphName.DENOISE_STEP, GraphName.PATH_MEANS)
     return "time_embed" not in part and (not of_head or of_condition == (graph is GraphName.MODULATION))
@@ -146,7 +146,7 @@ def _state_bytes(binding: Binding, sizes: Mapping[str, int], *, written: bool) -
     return math.prod(shape) * ITEM_BYTES[binding.dtype]
 
 
-def _module(pair: CausalPair | MarPair, slot: GraphSlot) -> nn.Module:
+def _module(pair: CausalPair | MarPair, slot: BundleGraph) -> nn.Module:
     model = pair.target if slot.owner == "target" else pair.drafts[slot.owner]
     if slot.name is GraphName.BACKBONE:
         if isinstance(model, MarBackbone):
@@ -160,7 +160,7 @@ def _module(pair: CausalPair | MarPair, slot: GraphSlot) -> nn.Module:
 
 
 def _without_head(model: MarBackbone) -> MarBackbone:
-    """A backbone alone: its head's weights are not its own to read."""
+    """The backbone alone: it does not read the weights of its head."""
     if not isinstance(model, Mar):
         return model
     alone = MarBackbone.__new__(MarBackbone)
@@ -168,7 +168,7 @@ def _without_head(model: MarBackbone) -> MarBackbone:
     return alone
 
 
-def _arguments(slot: GraphSlot, sizes: Mapping[str, int]) -> list[Any]:
+def _arguments(slot: BundleGraph, sizes: Mapping[str, int]) -> list[Any]:
     given: list[Any] = []
     caches: list[Tensor] = []
     for binding in slot.graph.inputs:

@@ -15,7 +15,7 @@ PACKAGES = ("specdec-rt", "torch", "onnxruntime", "numpy")
 
 
 def machine_record(argv: list[str]) -> dict[str, Any]:
-    """Machine, library versions, commit and command, as plain values for JSON."""
+    """The machine, versions of libraries, commit and command, as plain values for JSON."""
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain")
     return {
@@ -44,7 +44,7 @@ def cpu_model() -> str:
 
 
 def _git(*words: str) -> str | None:
-    """What git says; None where there is no repository."""
+    """What git prints; None where there is no repository."""
     try:
         found = subprocess.run(
             ["git", *words],  # noqa: S607  # the user's own

@@ -10,24 +10,24 @@ from matplotlib.ticker import MaxNLocator
 __all__ = ["Plot", "plots_of"]
 
 FEWEST_JUDGED = 8
-"""Positions with fewer verdicts are left out."""
+"""Verdicts that a position needs to be shown."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A PNG."""
+    """A picture, to be written as PNG."""
 
     name: str
     caption: str
     figure: Figure
 
     def write(self, file: BinaryIO) -> None:
-        """As PNG, the same bytes for the same figures."""
+        """Write it as PNG: the same bytes for the same figures."""
         self.figure.savefig(file, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
 def plots_of(result: dict[str, Any]) -> list[Plot]:
-    """Those that there are figures for."""
+    """The plots that the result has figures for."""
     made = [
         _plot(result, "latency", "Latency per image by mode and batch", _latency),
         _plot(result, "acceptance", "Acceptance by position", _acceptance),
@@ -116,7 +116,7 @@ def _time(result: dict[str, Any]) -> Figure | None:
 
 
 def _time_parts(row: dict[str, Any]) -> dict[str, float] | None:
-    """Seconds of a batch by graph, and the host's; None where none were told apart."""
+    """Seconds of a batch by graph, and those of the host; None where only the whole was measured."""
     first = row["processes"][0]
     if first.get("profile"):
         found = first["profile"]

@@ -1,10 +1,10 @@
-"""A bundle's target with its head as published: a denoising step makes shift, scale and gate of the condition itself.
+"""A bundle's target with its head as published: each denoising step makes shift, scale and gate from the condition.
 
-`python -m benchmarks.published_head BUNDLE OUT`; nothing is written where OUT holds just that already.
+`python -m benchmarks.published_head BUNDLE OUT` writes it, unless OUT holds just that already.
 
-That is what an export of the model's own forward pass computes, in the runtime's graphs: `modulation` hands on the
-condition alone, W values a row, and every step multiplies with all of the head's weights. A row of the ablation, for
-`target` mode; distribution and noise are the bundle's own.
+A plain export of the model's forward pass computes the same. Here it is put into the runtime's graphs: `modulation`
+only passes on the condition, W values per row, and every denoising step multiplies with all of the head's weights. It
+is a row of the ablation, for mode `target`; distribution and noise are those of the bundle.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.derived import made_of, told
+from benchmarks.derived import made_of, run_writer
 from export.bundles import require_replaceable
 from export.causal import read_pair, write_bundle
 from export.mar_models import read_mar_pair, write_mar_bundle
@@ -32,11 +32,11 @@ PROVENANCE = "published_head"
 
 
 class PublishedHead(DiffusionHead):
-    """A head whose modulation is made inside of each step."""
+    """A head whose modulation is made inside each denoising step."""
 
     @property
     def modulation_width(self) -> int:
-        """M = W."""
+        """M, which is W here."""
         return self.width
 
     def modulation(self, condition: Tensor) -> Tensor:
@@ -44,12 +44,12 @@ class PublishedHead(DiffusionHead):
         return condition
 
     def modulated(self, state: Tensor, modulation: Tensor) -> Tensor:
-        """`forward`, which makes of the condition what it needs."""
+        """The whole forward pass: it makes modulation from the condition."""
         return self.forward(state, modulation)
 
 
 def published_head(source: str | Path, out: Path) -> bool:
-    """Write the target of the bundle (a folder, or an embedded one's name) to `out`; whether that had to be done.
+    """Write the target of the bundle (a folder, or an embedded one's name) to `out`. Returns whether it had to.
 
     Raises UsageError where `out` is the bundle itself, OutputError where it holds something else or cannot be written.
     """
@@ -64,7 +64,7 @@ def published_head(source: str | Path, out: Path) -> bool:
     of_source = bundle.manifest
     defaults = of_source.defaults.model_copy(update={"mode": "target", "draft": SELF_DRAFT})
     provenance = {**of_source.provenance, PROVENANCE: note}
-    # The values are those that the bundle holds, in single precision whatever they were rounded to.
+    # The bundle's own weights, in single precision whatever they were rounded to.
     if of_source.family == "mar":
         mar = read_mar_pair(bundle.folder)
         _publish(mar.target.head)
@@ -83,14 +83,14 @@ def _publish(head: DiffusionHead) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """As the module says; 0, or the exit code of what went wrong."""
+    """Write the bundle. Returns 0, or the exit code of what went wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.published_head", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("bundle", help="an embedded bundle's name, or a folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the new bundle's folder")
+    parser.add_argument("bundle", help="the name of an embedded bundle, or a bundle's folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder of the new bundle")
     given = parser.parse_args(argv)
-    return told(lambda: published_head(given.bundle, given.out), given.out)
+    return run_writer(lambda: published_head(given.bundle, given.out), given.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A bundle of a published MAR size with seeded random weights: it draws nothing, but costs what the real one does.
+"""A bundle of a published MAR size with seeded random weights: its images are noise, but cost what real ones do.
 
 `python -m benchmarks.random_bundle mar_base DIR`.
 """
@@ -16,7 +16,7 @@ from specdec_rt.manifest import Defaults
 __all__ = ["random_bundle"]
 
 CHAIN = ChainSpec(steps=100, t_max=975, final_std=0.05, emit="mean")
-"""Of the published length, fit for every mode."""
+"""As long as the published one, but fit for every mode."""
 GUIDANCE = 3.0
 
 

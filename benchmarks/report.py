@@ -15,11 +15,11 @@ __all__ = ["read_results", "write_report"]
 
 REPORT = "benchmarks.md"
 ALLOWED_ERROR = 0.15
-"""Of the cost model, above which a row is marked."""
+"""Relative error of the cost model; rows above it are marked."""
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A file that `run` wrote. Raises UsageError."""
+    """Read a file that `run` wrote. Raises UsageError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -33,7 +33,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Write `out/benchmarks.md` and its plots, all together or not at all; the files."""
+    """Write `out/benchmarks.md` and its plots, all together or not at all. Returns the files."""
     results = [read_results(path) for path in paths]
     names = [result["scenario"] for result in results]
     if len(set(names)) < len(names):
@@ -90,7 +90,7 @@ def _conditions(result: dict[str, Any]) -> str:
     if forced:
         shares = "; ".join(
             f"{name}: {of['acceptance']:.0%} accepted, {of['left']:.0%} of the chain left at a rejection, "
-            f"{of['resumed']:.0%} of rests accepted"
+            f"{of['resumed']:.0%} of the resumed suffixes accepted"
             for name, of in forced.items()
         )
         source = settings["forced_source"]
@@ -136,9 +136,9 @@ def _rows_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _ablation(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """One thing at a time, each row against the one before it and against the first.
+    """Tables in which one thing is added at a time: each row against the one before it, and against the first.
 
-    Of the batches where the first thing was measured: without it there is nothing to add to.
+    They are for the batch sizes at which the first thing was measured: without it there is nothing to add to.
     """
     rows = [row for row in rows if row["adds"] and "p50_seconds" in row]
     parts = []
@@ -158,7 +158,7 @@ def _ablation(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _by_turns(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Variants whose requests took turns with another's in one process."""
+    """The table of variants whose requests took turns with another's in one process."""
     shown = []
     for row in rows:
         if "beside_ratios" in row:
@@ -173,7 +173,7 @@ def _by_turns(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _first_requests(rows: list[dict[str, Any]]) -> str:
-    """What compiling costs."""
+    """What compiling costs in the first request."""
     notes = [
         f"{row['variant']}: the first request takes {row['processes'][0]['first_request_seconds']:.1f} s"
         for row in rows

@@ -16,8 +16,13 @@ __all__ = ["SCENARIOS", "Forced", "RuntimeVariant", "Scenario", "Style", "TorchV
 SCENARIOS = Path(__file__).parent / "scenarios"
 
 Style = Literal["eager", "cached", "hoisted", "compiled"]
-"""eager: as published; cached: keys and values are kept (causal family); hoisted: cached where that is possible, and
-the head's embeddings made once per token; compiled: hoisted, through torch.compile."""
+"""How a PyTorch baseline decodes.
+
+- eager: as published
+- cached: with a cache of keys and values (causal family)
+- hoisted: cached where that is possible, and with the head's embeddings made once per token
+- compiled: hoisted, and passed through torch.compile
+"""
 
 _Count = Annotated[int, Field(ge=1)]
 
@@ -33,12 +38,12 @@ class TorchVariant(_Table):
     name: str
     style: Style
     batches: tuple[_Count, ...] = ()
-    """none: the scenario's"""
+    """batch sizes; none: the scenario's"""
     adds: str = ""
-    """what it adds to the row before it in the ablation; nothing: it is no row there"""
+    """what it adds to the row before it in the ablation; empty: it is no row there"""
 
     def distribution(self, scenario: "Scenario") -> tuple[bool, str]:  # noqa: ARG002  # as the other kind's
-        """Whether it draws from the target's distribution, and in words."""
+        """Whether it draws from the target's distribution, and the same in words."""
         return True, "the target's"
 
 
@@ -46,10 +51,11 @@ class Forced(_Table):
     """Verdicts that are forced, not found: a model with random weights has no acceptance of its own."""
 
     acceptance: float = Field(ge=0, le=1)
+    """share of the drafts that is accepted"""
     left: float = Field(ge=0, le=1)
-    """mean share of the chain after a rejection"""
+    """mean share of a chain that comes after the transition at which a draft is rejected"""
     resumed: float = Field(ge=0, le=1)
-    """acceptance of rests of chains that are drafted again"""
+    """share of the chain suffixes that is accepted in resumed speculation"""
 
 
 class RuntimeVariant(_Table):
@@ -58,18 +64,22 @@ class RuntimeVariant(_Table):
     engine: Literal["runtime"]
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
-    """of `DecodeOptions`"""
+    """fields of `DecodeOptions`"""
     workers: _Count = 1
-    """that share the images and the threads"""
+    """decoders that share the images and the threads"""
     published_head: bool = False
-    """whether steps compute what the model's own forward pass does: see `benchmarks.published_head`; `target` mode"""
+    """whether a denoising step computes what the model's own forward pass does, see `benchmarks.published_head`; only
+    in mode `target`"""
     batches: tuple[_Count, ...] = ()
+    """batch sizes; none: the scenario's"""
     adds: str = ""
+    """what it adds to the row before it in the ablation; empty: it is no row there"""
     observe: bool = False
     """whether acceptance is also recorded position by position"""
     forced: Forced | None = None
+    """None: verdicts are found, as always outside of benchmarks"""
     beside: str = ""
-    """a variant whose requests take turns with this one's in the same process: a ratio that no drift enters"""
+    """a variant whose requests take turns with this one's in the same process, so that no drift enters their ratio"""
 
     @field_validator("options")
     @classmethod
@@ -81,17 +91,17 @@ class RuntimeVariant(_Table):
         return options
 
     @property
-    def paced(self) -> bool:
-        """Whether draft lengths are chosen on the way."""
+    def automatic_length(self) -> bool:
+        """Whether the draft length controller chooses the draft lengths."""
         return bool(self.options.get("draft_length") == AUTO)
 
     def decode_options(self, scenario: "Scenario") -> DecodeOptions:
-        """Of a request: its own, and the scenario's AR steps where it names none."""
+        """A request's options: its own, and the scenario's AR steps where it names none."""
         steps = {} if scenario.ar_steps is None else {"ar_steps": scenario.ar_steps}
         return make_options(**{**steps, **self.options})
 
     def distribution(self, scenario: "Scenario") -> tuple[bool, str]:
-        """As `TorchVariant.distribution`: a property of the options, whatever is measured."""
+        """Whether it draws from the target's distribution, and the same in words. The options decide it."""
         mode = self.options.get("mode", "exact")
         if self.options.get("ar_steps", scenario.ar_steps) != scenario.ar_steps:
             return False, f"another: {self.options['ar_steps']} AR steps"
@@ -121,7 +131,7 @@ class Scenario(_Table):
     ar_steps: _Count | None = None
     """None: the bundle's default"""
     first_ar_steps: _Count | None = None
-    """time the first so many AR steps alone"""
+    """time only so many AR steps, the first ones"""
     forced_source: str | None = None
     """where the verdicts that variants are forced to were measured"""
     batches: tuple[_Count, ...]
@@ -131,11 +141,11 @@ class Scenario(_Table):
     samples: _Count = 5
     """timed requests of a process"""
     limit_seconds: float = Field(default=20.0, gt=0)
-    """a process begins no further timed request after these"""
+    """a process begins no further timed request after so long"""
     repeats: _Count = 3
-    """processes of each variant and batch; variants take turns"""
+    """processes of each variant and batch size; variants take turns"""
     draft_length: _Count = 4
-    """γ that graphs' shares of the limit are given for"""
+    """γ for which the graphs are compared with the physical limit"""
     variants: tuple[Variant, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -154,6 +164,8 @@ class Scenario(_Table):
         for variant in runtime:
             if variant.published_head and variant.options.get("mode") != "target":
                 raise ValueError(f"{variant.name!r} has published_head, which is for mode 'target'")
+            if variant.forced is not None and (variant.workers > 1 or variant.observe):
+                raise ValueError(f"{variant.name!r} has forced verdicts: leave out workers and observe")
             kind = variant.workers, variant.published_head
             like = {other.name for other in runtime if (other.workers, other.published_head) == kind}
             if variant.beside and variant.beside not in like - {variant.name}:
@@ -168,7 +180,7 @@ class Scenario(_Table):
         return self
 
     def cases(self) -> list[tuple[Variant, int]]:
-        """Every variant at every batch size, by batch: those that are compared stand together."""
+        """Every variant at every batch size, ordered by batch size: what is compared stands together."""
         batches = sorted({batch for variant in self.variants for batch in variant.batches or self.batches})
         return [
             (variant, batch)
@@ -179,7 +191,7 @@ class Scenario(_Table):
 
 
 def read_scenario(name: str) -> tuple[str, Scenario]:
-    """A scenario of this folder by its name, or a TOML file; its name, too. Raises UsageError."""
+    """A scenario of this folder by its name, or of a TOML file; first its name. Raises UsageError."""
     path = Path(name) if name.endswith(".toml") else SCENARIOS / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in SCENARIOS.glob("*.toml")))

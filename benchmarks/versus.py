@@ -1,9 +1,9 @@
-"""Another checkout against this one: the same requests in two living processes by turns, as no machine is ever quiet.
+"""Another checkout compared with this one: two processes stay alive and take turns with the same requests.
 
     git worktree add ../before REVISION
     python -m benchmarks.versus ../before [--bundle digits] [--modes target,exact,self] [--batches 1,16]
 
-What is printed is the median ratio of their times and its quartiles, so that what slows both does not count.
+What is printed is the median of the ratio of their times and its quartiles. What slows both down does not enter it.
 """
 
 import argparse
@@ -27,11 +27,12 @@ SERVE = "--serve"
 
 
 class Side:
-    """A process that answers requests on the package of one checkout, which brings bundles of its own."""
+    """A process that answers requests with the package of one checkout. It has embedded bundles of its own."""
 
     def __init__(self, checkout: Path, bundle: str, threads: int) -> None:
-        # The script itself runs, not the module: the other checkout need not have it.
-        command = [sys.executable, str(Path(__file__).resolve()), SERVE, bundle, str(threads)]
+        # The script itself runs, not the module: the other checkout need not have it. With -P its folder, which holds
+        # modules of common names, is not where other modules are looked for.
+        command = [sys.executable, "-P", str(Path(__file__).resolve()), SERVE, bundle, str(threads)]
         environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout
@@ -39,7 +40,7 @@ class Side:
         self.package = json.loads(self._read())
 
     def seconds(self, options: dict[str, Any], batch: int, seed: int) -> float:
-        """Of one request."""
+        """How long one request takes."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([options, batch, seed]) + "\n")
         self._process.stdin.flush()
@@ -47,20 +48,19 @@ class Side:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
     def _read(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            self.close()
             raise SystemExit("a side ended before it answered; what it said stands above")
         return line
 
 
 def compare(before: Side, after: Side, options: dict[str, Any], batch: int, repeats: int) -> dict[str, float]:
-    """Medians and the quartiles of `after / before`, after a request of each that does not count."""
+    """Median times of both, and the quartiles of `after / before`. A first request of each does not count."""
     times: dict[Side, list[float]] = {before: [], after: []}
     for seed in range(repeats + 1):
         for side in (before, after) if seed % 2 else (after, before):
@@ -77,7 +77,7 @@ def compare(before: Side, after: Side, options: dict[str, Any], batch: int, repe
 
 
 def serve(bundle: str, threads: int) -> None:
-    """Answer requests, a line each, until there are no more."""
+    """Answer requests, each on a line of its own, until there are no more."""
     import numpy as np
 
     import specdec_rt
@@ -95,14 +95,14 @@ def serve(bundle: str, threads: int) -> None:
 
 
 def main() -> None:
-    """Compare, and print a table in Markdown."""
+    """Compare the two, and print a table in Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.versus", description=__doc__)
-    parser.add_argument("before", type=Path, help="the other checkout")
+    parser.add_argument("before", type=Path, help="the other checkout, such as an older one")
     parser.add_argument("--bundle", default="digits", help="an embedded bundle's name (default: %(default)s)")
-    parser.add_argument("--modes", default=",".join(MODES), help="default: %(default)s")
-    parser.add_argument("--batches", default="1,16", help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=9, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: %(default)s")
+    parser.add_argument("--modes", default=",".join(MODES), help="modes of requests (default: %(default)s)")
+    parser.add_argument("--batches", default="1,16", help="images per request (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="timed requests of each side (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of engines (default: %(default)s)")
     given = parser.parse_args()
     here = Path(__file__).resolve().parents[1]
     before, after = (Side(checkout, given.bundle, given.threads) for checkout in (given.before, here))

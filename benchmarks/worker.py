@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks.forced_verdicts import ForcedVerdicts
 from benchmarks.observe import observe
-from benchmarks.requests import Request, forced_verdicts
+from benchmarks.requests import Request
 from benchmarks.scenario import RuntimeVariant, Scenario, TorchVariant, Variant
 from specdec_rt import Pipeline, load
 from specdec_rt.bench.cost import Acceptance, HostCost, Prediction
@@ -50,24 +51,34 @@ class Job(BaseModel):
 
 
 def perform(job: Job) -> dict[str, Any]:
-    """Do the job."""
+    """Do the job. Returns what was measured."""
     if isinstance(job.variant, TorchVariant):
         return _time_torch(job, job.variant)
     started = time.perf_counter()
     workers = 1 if job.variant is None else job.variant.workers
     pipeline = load(job.bundle, backend="onnxruntime", threads=job.threads, workers=workers)
     ready = time.perf_counter() - started
-    with forced_verdicts(None if job.variant is None else job.variant.forced):
-        if job.kind == "limits":
-            return _limits(job, pipeline)
-        if job.kind == "cost":
-            return _cost(job, pipeline)
-        assert isinstance(job.variant, RuntimeVariant)
-        request = Request.of(job.scenario, job.variant, job.batch)
-        if job.kind == "observe":
-            count = -(-job.observed_images // job.batch)
-            return observe(pipeline, request, seed=job.scenario.seed, requests=count).as_dict()
-        return {"load_seconds": ready, **_time_runtime(job, pipeline, request)}
+    if job.kind == "limits":
+        return _limits(job, pipeline)
+    if job.kind == "cost":
+        return _cost(job, pipeline)
+    assert job.variant is not None
+    request = Request.of(job.scenario, job.variant, job.batch)
+    if job.kind == "observe":
+        count = -(-job.observed_images // job.batch)
+        observed = observe(pipeline.bundle, pipeline.backend, request, seed=job.scenario.seed, requests=count)
+        return observed.as_dict()
+    if job.variant.forced is not None:
+        pipeline = _with_verdicts(pipeline, ForcedVerdicts(job.variant.forced))
+    return {"load_seconds": ready, **_time_runtime(job, pipeline, request)}
+
+
+def _with_verdicts(pipeline: Pipeline, verdicts: ForcedVerdicts) -> Pipeline:
+    """A pipeline without workers whose verdicts are forced."""
+    return Pipeline(pipeline.bundle, pipeline.backend, exact_verifier=verdicts.exact_verifier)
+
+
+# --- timing --------------------------------------------------------------------------------------------------
 
 
 def _time_runtime(job: Job, pipeline: Pipeline, request: Request) -> dict[str, Any]:
@@ -119,7 +130,7 @@ def _mean(figures: list[Stats]) -> dict[str, float]:
 def _time_torch(job: Job, variant: TorchVariant) -> dict[str, Any]:
     import torch  # heavy, and no part of the runtime's own measurements
 
-    from benchmarks.torch_baselines.build import Request as Asked
+    from benchmarks.torch_baselines.build import Request as BaselineRequest
     from benchmarks.torch_baselines.build import build_baseline
     from benchmarks.torch_baselines.noise import TorchNoise
     from specdec_rt.bundle import load_bundle
@@ -127,8 +138,8 @@ def _time_torch(job: Job, variant: TorchVariant) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     scenario, bundle = job.scenario, load_bundle(job.bundle)
     started = time.perf_counter()
-    asked = Asked(ar_steps=scenario.ar_steps, first_ar_steps=scenario.first_ar_steps)
-    baseline = build_baseline(bundle, variant.style, asked)
+    options = BaselineRequest(ar_steps=scenario.ar_steps, first_ar_steps=scenario.first_ar_steps)
+    baseline = build_baseline(bundle, variant.style, options)
     ready = time.perf_counter() - started
     classes = bundle.manifest.classes
 
@@ -148,7 +159,7 @@ def _time_torch(job: Job, variant: TorchVariant) -> dict[str, Any]:
 
 
 def _timed(scenario: Scenario, request: Callable[[int], None]) -> tuple[float, Times]:
-    """The first request, which makes or compiles what is missing, and the times of those that count."""
+    """The seconds of the first request, which makes or compiles what is missing, and the times of those that count."""
     started = time.perf_counter()
     request(scenario.seed + scenario.samples + scenario.warmup)
     first = time.perf_counter() - started
@@ -165,7 +176,7 @@ def _timed(scenario: Scenario, request: Callable[[int], None]) -> tuple[float, T
 def _by_turns(
     scenario: Scenario, request: Callable[[int], object], beside: Callable[[int], object]
 ) -> tuple[float, Times, Times]:
-    """As `_timed`, with another request after each, or before each second one; its times as well."""
+    """What `_timed` returns, and the times of a request that takes turns with this one, also in being the first."""
     started = time.perf_counter()
     request(scenario.seed + scenario.samples)
     first = time.perf_counter() - started
@@ -187,6 +198,9 @@ def _record(first: float, times: Times) -> dict[str, Any]:
     return {"seconds": list(times.seconds), "first_request_seconds": first, "peak_bytes": peak}
 
 
+# --- limits and cost model -----------------------------------------------------------------------------------
+
+
 def _limits(job: Job, pipeline: Pipeline) -> dict[str, Any]:
     import torch
 
@@ -195,29 +209,29 @@ def _limits(job: Job, pipeline: Pipeline) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     machine = machine_limits()
     branches = 1 if pipeline.bundle.manifest.defaults.guidance == 1 else 2
-    batches = job.scenario.batches
     length = job.scenario.draft_length
     graphs = {
         str(batch): graph_limits(pipeline, machine, batch=batch, branches=branches, draft_length=length)
-        for batch in batches
+        for batch in job.scenario.batches
     }
     return {"machine": machine, "branches": branches, "draft_length": length, "graphs": graphs}
 
 
 def _cost(job: Job, pipeline: Pipeline) -> dict[str, Any]:
-    scenario = job.scenario
+    scenario, verdicts = job.scenario, ForcedVerdicts()
+    pipeline = _with_verdicts(pipeline, verdicts)
     # An image that ends early has no request to calibrate the host's share in; it is small where that is done.
     host = None if scenario.first_ar_steps is None else HostCost()
     predictor = Predictor(pipeline, host=host, first=scenario.first_ar_steps)
     rows = []
     for case in job.measured:
-        rows.append(_predicted(scenario, pipeline, predictor, case))
+        rows.append(_predicted(scenario, predictor, verdicts, case))
         sys.stderr.write(f"    predicted {case.variant}, batch {case.batch}\n")
     return {"rows": rows, "host_seconds": predictor.record()["host_seconds"]}
 
 
-def _predicted(scenario: Scenario, pipeline: Pipeline, predictor: Predictor, case: Measured) -> dict[str, Any]:
-    """What the case was predicted to take, and what it took: graphs are timed right after each half of its requests."""
+def _predicted(scenario: Scenario, predictor: Predictor, verdicts: ForcedVerdicts, case: Measured) -> dict[str, Any]:
+    """What the case was predicted to take, and what it took. Graphs are timed right after each half of its requests."""
     (variant,) = (one for one in scenario.variants if one.name == case.variant)
     assert isinstance(variant, RuntimeVariant)
     request, options = Request.of(scenario, variant, case.batch), variant.decode_options(scenario)
@@ -233,14 +247,15 @@ def _predicted(scenario: Scenario, pipeline: Pipeline, predictor: Predictor, cas
     seconds: list[float] = []
     found: list[Prediction] = []
     for samples in filter(None, (-(-scenario.samples // 2), scenario.samples // 2)):
-        with forced_verdicts(variant.forced):
-            times = repeat(
-                lambda seed: figures.append(request(pipeline, seed)),
-                seed=scenario.seed + len(seconds),
-                warmup=1 if seconds else scenario.warmup,
-                samples=samples,
-                limit_seconds=scenario.limit_seconds / 2,
-            ).seconds
+        verdicts.rates = variant.forced
+        times = repeat(
+            lambda seed: figures.append(request(predictor.pipeline, seed)),
+            seed=scenario.seed + len(seconds),
+            warmup=1 if seconds else scenario.warmup,
+            samples=samples,
+            limit_seconds=scenario.limit_seconds / 2,
+        ).seconds
+        verdicts.rates = None
         predictor.renew()
         found += [predicted(stats) for stats in figures[-len(times) :]]
         seconds += times
@@ -254,7 +269,7 @@ def _predicted(scenario: Scenario, pipeline: Pipeline, predictor: Predictor, cas
 
 
 def main() -> None:
-    """As the module says."""
+    """Do the job on stdin."""
     job = Job.model_validate_json(sys.stdin.read())
     result = perform(job)
     sys.stdout.write(json.dumps(result) + "\n")

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from specdec_rt.decode.draft import Model
+from specdec_rt.decode.loop import Decoder
 
 from export.comparison import ALLOWANCE, IMAGE_TOLERANCE, TABLE_TOLERANCE, TOLERANCE, Comparison, relative_error
 from export.recorded_form import betas, unpatchify, variances
@@ -18,8 +20,6 @@ from export.recorded_noise import RecordedNoise
 from export.reference import RecordingError, Reference
 from specdec_rt import DecodeOptions, Pipeline, UsageError
 from specdec_rt.chain import Chain
-from specdec_rt.decode.draft import Model
-from specdec_rt.decode.loop import Decoder
 from specdec_rt.decode.stats import Counters
 from specdec_rt.errors import BackendError
 from specdec_rt.families.position_batch import PositionBatch

@@ -13,16 +13,16 @@ __all__ = ["ArSchedule", "cosine_schedule", "guidance_weights", "raster_schedule
 
 @dataclass(frozen=True, slots=True)
 class ArSchedule:
-    """How the L tokens of an image are spread over S autoregressive steps; every step makes at least one."""
+    """How the L tokens of an image are spread over T autoregressive steps; every step makes at least one."""
 
     known: IntArray
-    """`[S + 1]` tokens known before each step, and in the end all"""
+    """`[T + 1]` tokens known before each step, and in the end all"""
     progress: FloatArray
-    """`[S]` how far a linear guidance schedule has grown at each step, from 0 to 1"""
+    """`[T]` how far a linear guidance schedule has grown at each step, from 0 to 1"""
 
     @property
     def steps(self) -> int:
-        """S."""
+        """T."""
         return len(self.progress)
 
 
@@ -33,7 +33,7 @@ def raster_schedule(tokens: int) -> ArSchedule:
 
 
 def cosine_schedule(tokens: int, steps: int) -> ArSchedule:
-    """MAR's: after step s of S ≤ L, ⌊L cos(π/2 · (s + 1)/S)⌋ tokens are unknown, if that leaves each step one."""
+    """MAR's: after step s of T ≤ L, ⌊L cos(π/2 · (s + 1)/T)⌋ tokens are unknown, if that leaves each step one."""
     unknown = [tokens]
     for step in range(1, steps):
         wanted = math.floor(tokens * math.cos(math.pi / 2 * step / steps))

@@ -103,6 +103,19 @@ class Chain:
         return np.stack(columns, axis=1)
 
     @property
+    def hold_coefficients(self) -> FloatArray:
+        """`[n, 5]` float64: a chain on a held x̂₀, columns p, q, std, u, v.
+
+        Transition j on x̂₀ has mean p[j] x + q[j] x̂₀; the prediction that transition j itself made, with mean μ at
+        state x, is x̂₀ = u[j] x + v[j] μ. Both follow from the coefficients of ε̂ (see above).
+        """
+        of_x0 = self.epsilon_coefficient / self.prediction_epsilon
+        of_state = self.state_coefficient - of_x0 * self.prediction_state
+        x0_of_mean = self.prediction_epsilon / self.epsilon_coefficient
+        x0_of_state = self.prediction_state - x0_of_mean * self.state_coefficient
+        return np.stack([of_state, of_x0, self.std, x0_of_state, x0_of_mean], axis=1)
+
+    @property
     def epsilon_weight(self) -> FloatArray:
         """`[n]` factor of ‖ε̂_q - ε̂_p‖² in the KL divergence of two paths: b²/(2σ²)."""
         return self.epsilon_coefficient**2 / (2 * self.std**2)

@@ -5,7 +5,6 @@ their order, nor on the draft length. numpy guarantees the raw stream of a bit g
 not its distributions (NEP 19): uniforms and normals are made here from the raw stream.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ import numpy as np
 from specdec_rt.errors import UsageError
 from specdec_rt.types import FloatArray, IntArray
 
-__all__ = ["Ahead", "Draws", "NoiseSource", "Purpose"]
+__all__ = ["Draws", "NoiseSource", "Purpose", "TokenNoise"]
 
 
 class Purpose(IntEnum):
@@ -104,26 +103,41 @@ class NoiseSource:
         return raw
 
 
-class Ahead:
-    """What tokens draw, drawn for those to come as well: one draw for many takes little longer than one for one.
+@dataclass(frozen=True)
+class TokenNoise:
+    """The random numbers of R tokens, each keyed by its image and by its position there."""
 
-    Draws are keyed, so that they are the same whenever they are made.
-    """
+    draws: Draws
+    image: IntArray
+    """`[R]`"""
+    position: IntArray
+    """`[R]`"""
 
-    def __init__(self, draw: Callable[[IntArray, IntArray], FloatArray]) -> None:
-        self._draw = draw
-        """`(image [R], token [R])` to `[R, …]`"""
-        self._drawn: dict[tuple[int, int], FloatArray] = {}
+    def pick(self, rows: IntArray) -> "TokenNoise":
+        """Those of some rows, `[J]`."""
+        return TokenNoise(self.draws, self.image[rows], self.position[rows])
 
-    def __call__(self, image: IntArray, token: IntArray, coming: Callable[[], tuple[IntArray, IntArray]]) -> FloatArray:
-        """`[R, …]` of the tokens keyed by `image [R]` and `token [R]`; `coming` tells them, and those after them."""
-        keys = list(zip(image.tolist(), token.tolist(), strict=True))
-        if not all(key in self._drawn for key in keys):
-            images, tokens = coming()
-            drawn = self._draw(images, tokens)
-            self._drawn = dict(zip(zip(images.tolist(), tokens.tolist(), strict=True), drawn, strict=True))
-        rows = [self._drawn[key] for key in keys]
-        return np.stack(rows) if len(rows) > 1 else rows[0][None]
+    def chain(self, transitions: int, dim: int) -> FloatArray:
+        """`[R, n + 1, D]` normals: where a chain starts, then what each of its n transitions adds."""
+        return self.draws.normal(self.image, self.position, Purpose.CHAIN, transitions + 1, dim)
+
+    def acceptance(self, count: int, attempt: int = 0) -> FloatArray:
+        """`[R, count]` uniforms that decide how much of a draft is accepted."""
+        return self.draws.uniform(self.image, self.position, Purpose.ACCEPTANCE, count, attempt)
+
+    def residual(self, dim: int, attempt: int = 0) -> tuple[FloatArray, FloatArray]:
+        """`[R]` uniform and `[R, D]` normal for the state that replaces the first rejected one."""
+        uniform = self.draws.uniform(self.image, self.position, Purpose.RESIDUAL, 1, attempt)
+        return uniform[:, 0], self.draws.normal(self.image, self.position, Purpose.RESIDUAL, 1, dim, attempt)[:, 0]
+
+    def residual_tries(self, tries: int, dim: int) -> tuple[FloatArray, FloatArray]:
+        """`[R, tries, D]` normals, `[R, tries]` uniforms: `paper` mode's proposals for a residual, and their tests."""
+        normal = self.draws.normal(self.image, self.position, Purpose.RESIDUAL, tries, dim)
+        return normal, self.draws.uniform(self.image, self.position, Purpose.RESIDUAL, tries)
+
+    def completion(self, transitions: int, dim: int, attempt: int = 0) -> FloatArray:
+        """`[R, n, D]` normals of the transitions after a residual draw: the draft's own noise would bias them."""
+        return self.draws.normal(self.image, self.position, Purpose.COMPLETION, transitions, dim, attempt)
 
 
 def _open_uniform(raw: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> FloatArray:

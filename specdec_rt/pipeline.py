@@ -6,45 +6,40 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from specdec_rt.backends.base import Backend, Engine, run_once
+from specdec_rt.backend_choice import open_backend
+from specdec_rt.backends.base import Backend
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import read_recipe
-from specdec_rt.build.select import open_backend
 from specdec_rt.bundle import Bundle, load_bundle
-from specdec_rt.chain import Chain, ChainSpec, compile_chain
-from specdec_rt.config import DecodeOptions, Mode, check_whole_number
-from specdec_rt.decode.chain import Head
-from specdec_rt.decode.draft import Model
-from specdec_rt.decode.loop import Decoder, Session
-from specdec_rt.decode.pace import Pace
-from specdec_rt.decode.plan import make_plan
+from specdec_rt.config import DecodeOptions, check_whole_number
+from specdec_rt.decode.decoder import Decoder, DecodingSetup
+from specdec_rt.decode.draft_length import DraftLengthController
+from specdec_rt.decode.exact import ExactVerifier
+from specdec_rt.decode.paper import PaperVerifier
+from specdec_rt.decode.round import Verifier
+from specdec_rt.decode.session import Session
 from specdec_rt.decode.stats import Counters, Stats
-from specdec_rt.decode.steps import Steps
-from specdec_rt.errors import BundleError, UsageError
-from specdec_rt.families.backbone import Backbone
-from specdec_rt.families.causal import CausalBackbone
-from specdec_rt.families.mar import MarBackbone
-from specdec_rt.manifest import Graph, GraphName
-from specdec_rt.manifest import Model as ModelRecord
+from specdec_rt.errors import UsageError
+from specdec_rt.models import Models
 from specdec_rt.noise import NoiseSource
 from specdec_rt.pixels import decode_pixels, lay_patches, to_bytes
+from specdec_rt.plan import Plan, Tuning, make_plan
 from specdec_rt.types import Array, FloatArray, IntArray
 from specdec_rt.workers import run_workers
 
 __all__ = ["Pipeline", "Result", "load"]
 
 DEFAULT_BATCH_SIZE = 16
-KEPT_CHAINS = 8
-"""Chains (a request's temperature makes a new one), and what is built on them, kept for the next request."""
 
 Progress = Callable[[int, int], None]
 """`(tokens committed, tokens in all)`."""
+MakeVerifier = Callable[[Session, Plan], Verifier]
 
 
 @dataclass(frozen=True)
@@ -52,11 +47,11 @@ class Result:
     """What a request made."""
 
     images: Array | None
-    """uint8 `[N, H, W, C]`; None where the bundle makes tokens only"""
+    """uint8 `[B, height, width, channels]`; None where the bundle makes tokens only"""
     tokens: FloatArray
-    """float32 `[N, L, D]`"""
+    """float32 `[B, L, D]`"""
     labels: IntArray
-    """`[N]`"""
+    """`[B]`"""
     stats: Stats
 
 
@@ -100,20 +95,29 @@ def load(
 class Pipeline:
     """A bundle on a backend. Engines are made when a request first needs them, then kept.
 
-    Calls from several threads take turns: they share engines and buffers.
+    Calls from several threads take turns: they share engines and buffers. `workers` are pipelines on the same bundle
+    that images are shared out to. `exact_verifier` and `paper_verifier` make what judges in these modes; benchmarks
+    hand in what makes a subclass, to record verdicts or to force them.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, others: Sequence["Pipeline"] = ()) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        workers: Sequence["Pipeline"] = (),
+        *,
+        tuning: Tuning | None = None,
+        exact_verifier: MakeVerifier = ExactVerifier,
+        paper_verifier: MakeVerifier = PaperVerifier,
+    ) -> None:
         self.bundle = bundle
         self.backend = backend
-        self._workers = [self, *others]
-        """those that the images of a request are shared out to"""
-        self._engines: dict[str, Engine] = {}
-        self._compiled = lru_cache(maxsize=KEPT_CHAINS)(compile_chain)
-        self._head = lru_cache(maxsize=KEPT_CHAINS)(self._make_head)
-        self._backbone = lru_cache(maxsize=KEPT_CHAINS)(self._make_backbone)
-        self._steps = lru_cache(maxsize=KEPT_CHAINS)(self._make_steps)
-        self._paces: dict[tuple[object, ...], Pace] = {}
+        self.models = Models(bundle, backend, tuning or Tuning())
+        self._tuning = tuning or Tuning()
+        self._exact_verifier = exact_verifier
+        self._paper_verifier = paper_verifier
+        self._workers = [self, *workers]
+        self._controllers: dict[tuple[object, ...], DraftLengthController] = {}
         self._turn = threading.RLock()
         self._busy = False
 
@@ -128,7 +132,7 @@ class Pipeline:
         progress: Progress | None = None,
         **overrides: object,
     ) -> Result:
-        """Make one image for each of `labels [N]`.
+        """Make one image for each of `labels [B]`.
 
         Image i draws its noise under key `indices[i]` (default i): the same seed and key give the same
         image whatever the batch (but for `draft_length="auto"`, see there). As an image is done, the next takes
@@ -153,68 +157,79 @@ class Pipeline:
                 "take a recipe with larger batch_buckets"
             )
         NoiseSource(seed)  # refuses a bad one
-        tokens_each = self.bundle.manifest.tokens
-        done = 0
+        total, done = len(labels) * self.bundle.manifest.tokens, 0
 
-        def tell(count: int) -> None:
+        def count_tokens(count: int) -> None:
             nonlocal done
             done += count
             if progress is not None:
-                progress(done, len(labels) * tokens_each)
+                progress(done, total)
 
         with self._request():
             # Engines that are still missing are made before the clock runs, and before work that they might waste.
             count = min(len(self._workers), size, len(labels))
-            sessions = [worker.session(options) for worker in self._workers[:count]]
+            setups = [worker.setup(options) for worker in self._workers[:count]]
             if self.bundle.manifest.decoder is not None:
-                self._graph_engine(self.bundle.manifest.decoder.graph)
-            counters = Counters()
-            parts, lanes = (np.array_split(np.arange(whole), count) for whole in (len(labels), size))
+                self.models.graph_engine(self.bundle.manifest.decoder.graph)
+            parts, slots = (np.array_split(np.arange(whole), count) for whole in (len(labels), size))
             tasks = [
-                partial(_decode, session, seed, labels[part], keys[part], len(places))
-                for session, part, places in zip(sessions, parts, lanes, strict=True)
+                partial(_decode, setup, seed, labels[part], keys[part], len(some))
+                for setup, part, some in zip(setups, parts, slots, strict=True)
             ]
             started = time.perf_counter()
-            made = [tasks[0](tell)] if count == 1 else run_workers(tasks, tell)
+            made = [tasks[0](count_tokens)] if count == 1 else run_workers(tasks, count_tokens)
             tokens: FloatArray = np.concatenate([part for part, _ in made])
             images = self.draw(tokens)
             seconds = time.perf_counter() - started
-        for _, counted in made:
-            counters.add(counted)
-        mode = sessions[0].plan.mode
-        stats = Stats.of(counters, mode=mode, backend=self.backend.name, images=len(labels), seconds=seconds)
+        stats = Stats(mode=setups[0].plan.mode, backend=self.backend.name, images=len(labels), seconds=seconds)
+        for _, counters in made:
+            stats.add(counters)
         return Result(images, tokens, labels, stats)
 
     def draw(self, tokens: FloatArray) -> Array | None:
-        """Tokens `[N, L, D]` as images uint8 `[N, H, W, C]`; None where the bundle makes tokens only."""
+        """Tokens `[B, L, D]` as uint8 `[B, height, width, channels]`; None where the bundle makes tokens only."""
         manifest = self.bundle.manifest
         if manifest.image is None:
             return None
         if manifest.decoder is None:
             return to_bytes(lay_patches(tokens, manifest.image, manifest.family))
         with self._own_turn():
-            decoder = self._graph_engine(manifest.decoder.graph)
-            return to_bytes(decode_pixels(tokens, manifest.image, self.backend.device, decoder))
+            decoder = self.models.graph_engine(manifest.decoder.graph)
+            return to_bytes(decode_pixels(tokens, manifest.image, self.backend.device, decoder, self._tuning.capacity))
 
-    def session(self, options: DecodeOptions) -> Session:
+    def setup(self, options: DecodeOptions) -> DecodingSetup:
         """The models that a request needs, and how they decode. Raises as `generate` does.
 
-        Sessions share models and buffers: one batch at a time.
+        Setups of one pipeline share models and buffers: one batch at a time.
         """
-        chain = self._chain(options)
-        plan = make_plan(options, self.bundle.manifest, chain, self.backend.limits, self.backend.name)
-        evaluate, grid = (None if steps is None else tuple(steps.tolist()) for steps in (plan.evaluate, plan.grid))
-        branches = 1 if plan.guidance == 1 else 2
+        chain = self.models.chain(options.temperature)
+        plan = make_plan(options, self.bundle.manifest, chain, self.backend.limits, self.backend.name, self._tuning)
         with self._own_turn():
-            slots = plan.slots if self.bundle.manifest.target.cache else 0  # else every γ would have steps of its own
-            steps = self._steps(plan.mode, plan.draft, chain.spec, branches, slots, evaluate, grid)
-            pace = None
-            if plan.paced:
-                # What changes the cost of rounds. The bundle has one chain, which a temperature makes no longer.
-                key = (plan.draft, evaluate, branches, plan.schedule.steps)
-                new = Pace(plan.schedule.known, plan.draft_length, uneven=plan.random_order)
-                pace = self._paces.setdefault(key, new)
-            return Session(plan, steps, pace)
+            session = self.models.session(plan, chain)
+            return DecodingSetup(plan, session, self._verifier(plan, session), self._controller(plan))
+
+    def with_backend(self, backend: Backend) -> "Pipeline":
+        """A pipeline without workers that is like this one in all but the backend."""
+        return Pipeline(
+            self.bundle,
+            backend,
+            tuning=self._tuning,
+            exact_verifier=self._exact_verifier,
+            paper_verifier=self._paper_verifier,
+        )
+
+    def _verifier(self, plan: Plan, session: Session) -> Verifier | None:
+        if plan.mode == "paper":
+            return self._paper_verifier(session, plan)
+        return self._exact_verifier(session, plan) if plan.mode == "exact" else None
+
+    def _controller(self, plan: Plan) -> DraftLengthController | None:
+        """What chooses draft lengths automatically. It is kept for all requests whose rounds cost the same."""
+        if not plan.automatic_length:
+            return None
+        mask = None if plan.draft_step_mask is None else plan.draft_step_mask.tobytes()
+        key = (plan.draft, mask, plan.guidance == 1, plan.schedule.steps)
+        return self._controllers.setdefault(key, DraftLengthController(plan.schedule.known, plan.draft_length))
 
     @contextmanager
     def _own_turn(self) -> Iterator[None]:
@@ -238,79 +253,6 @@ class Pipeline:
             finally:
                 self._busy = False
 
-    def _chain(self, options: DecodeOptions) -> Chain:
-        spec = self.bundle.manifest.chain
-        return self._compiled(replace(spec, temperature=spec.temperature * options.temperature))
-
-    def _make_steps(
-        self,
-        mode: Mode,
-        draft: str | None,
-        spec: ChainSpec,
-        branches: int,
-        slots: int,
-        evaluate: tuple[bool, ...] | None,
-        grid: tuple[bool, ...] | None,
-    ) -> Steps:
-        return Steps(
-            self.backend.device,
-            target=None if mode == "draft" else self._model(None, spec, branches, slots),
-            draft=None if draft is None else self._model(draft, spec, branches, slots),
-            evaluate=None if evaluate is None else np.array(evaluate),
-            aligned=mode == "paper",
-            grid=None if grid is None else np.array(grid),
-        )
-
-    def _model(self, name: str | None, spec: ChainSpec, branches: int, slots: int) -> Model:
-        """The target (None) or a draft."""
-        record = self.bundle.manifest.model(name)
-        head = self._head(name if record.head == "own" else None, spec)
-        return Model(self._backbone(name, branches, slots), head)
-
-    def _make_backbone(self, name: str | None, branches: int, slots: int) -> Backbone:
-        manifest, device = self.bundle.manifest, self.backend.device
-        record, null_label = manifest.model(name), manifest.classes
-        engine = self.engine(record, GraphName.BACKBONE)
-        sizes = {"tokens": manifest.tokens, "token_dim": manifest.token_dim, "branches": branches}
-        if record.cache is None:
-            return MarBackbone(device, engine, record.z_dim, null_label, **sizes)
-        return CausalBackbone(device, engine, record.cache, record.z_dim, null_label, slots=slots, **sizes)
-
-    def _make_head(self, name: str | None, spec: ChainSpec) -> Head:
-        record, chain = self.bundle.manifest.model(name), self._compiled(spec)
-        assert record.head_width is not None  # the bundle was checked: this model has a head
-        assert record.modulation_width is not None
-        device, embed = self.backend.device, self.engine(record, GraphName.TIME_EMBEDDING)
-        table = run_once(device, embed, {"timestep": chain.timestep}, "time_table", (chain.length, record.head_width))
-        return Head(
-            device,
-            self.engine(record, GraphName.MODULATION),
-            self.engine(record, GraphName.DENOISE_STEP),
-            self.engine(record, GraphName.PATH_MEANS),
-            table,
-            chain,
-            self.bundle.manifest.token_dim,
-            record.z_dim,
-            record.modulation_width,
-        )
-
-    def engine(self, record: ModelRecord, name: GraphName) -> Engine:
-        """The engine of a model's graph, made when it is first asked for. Raises BackendError or BundleError."""
-        return self._graph_engine(record.graphs[name])
-
-    def _graph_engine(self, graph: Graph) -> Engine:
-        path = self.bundle.path(graph)
-        if graph.file not in self._engines:
-            self._engines[graph.file] = self.backend.load(path)
-        engine = self._engines[graph.file]
-        for kind, found, wanted in (
-            ("inputs", engine.inputs, graph.inputs),
-            ("outputs", engine.outputs, graph.outputs),
-        ):
-            if found != {binding.name for binding in wanted}:
-                raise BundleError(f"{path} has other {kind} than the manifest says: {sorted(found)}; export it again")
-        return engine
-
     @staticmethod
     def _whole_numbers(name: str, values: Sequence[int] | IntArray, limit: int) -> IntArray:
         """`values` as int64, each in 0 … limit - 1."""
@@ -327,11 +269,11 @@ class Pipeline:
 
 
 def _decode(
-    session: Session, seed: int, labels: IntArray, keys: IntArray, lanes: int, tell: Callable[[int], None]
+    setup: DecodingSetup, seed: int, labels: IntArray, keys: IntArray, slots: int, progress: Callable[[int], None]
 ) -> tuple[FloatArray, Counters]:
-    """Tokens `[N, L, D]` of some images, and what they took."""
+    """Tokens `[B, L, D]` of some images, and what they took."""
     counters = Counters()
-    return Decoder(session, NoiseSource(seed), labels, keys, counters, tell, lanes=lanes).run(), counters
+    return Decoder(setup, NoiseSource(seed), labels, keys, counters, progress, slots=slots).run(), counters
 
 
 def make_options(**fields: object) -> DecodeOptions:

@@ -3,17 +3,15 @@
 import numpy as np
 
 from specdec_rt.backends.base import Device, Engine, run_once
+from specdec_rt.capacity import Capacity
 from specdec_rt.manifest import Family, ImageLayout
 from specdec_rt.types import Array, FloatArray
 
 __all__ = ["decode_pixels", "lay_patches", "to_bytes"]
 
-PIXELS_PER_CALL = 2**19
-"""What a decoder is given at a time (8 images of 256 x 256): its activations take some 2 kB a pixel."""
-
 
 def lay_patches(tokens: FloatArray, layout: ImageLayout, family: Family) -> FloatArray:
-    """Tokens `[N, L, D]`, each a patch's pixels in the family's order, to images `[N, H, W, C]`."""
+    """Tokens `[B, L, D]`, each a patch's pixels in the family's order, to images `[B, height, width, channels]`."""
     patch, channels = layout.patch, layout.channels
     grid = (len(tokens), layout.height // patch, layout.width // patch)
     if family == "mar":
@@ -23,13 +21,15 @@ def lay_patches(tokens: FloatArray, layout: ImageLayout, family: Family) -> Floa
     return pixels.reshape(-1, layout.height, layout.width, channels)
 
 
-def decode_pixels(tokens: FloatArray, layout: ImageLayout, device: Device, decoder: Engine) -> FloatArray:
-    """Tokens `[N, L, D]` to images `[N, H, W, C]`, so many at a time that the decoder's activations fit."""
-    size = max(PIXELS_PER_CALL // (layout.height * layout.width), 1)
+def decode_pixels(
+    tokens: FloatArray, layout: ImageLayout, device: Device, decoder: Engine, capacity: Capacity = Capacity()
+) -> FloatArray:
+    """Tokens `[B, L, D]` to images `[B, height, width, channels]`, as many at a time as fit."""
+    size = capacity.images_per_decode(layout.height * layout.width)
     shape = (layout.height, layout.width, layout.channels)
     parts = [tokens[begin : begin + size] for begin in range(0, len(tokens), size)]
     return np.concatenate(
-        [run_once(device, decoder, {"tokens": part}, "pixels", (len(part), *shape)) for part in parts]
+        [run_once(device, decoder, {"tokens": part}, {"pixels": (len(part), *shape)})["pixels"] for part in parts]
     )
 
 

@@ -56,11 +56,11 @@ def draw_paper_residual(
     uniform: FloatArray,
     fallback: FloatArray,
 ) -> tuple[FloatArray, BoolArray]:
-    """Tokens `[R, D]` from the density ∝ max(0, p - q/Σ') of the last transition, in K tries done at once.
+    """Tokens `[R, D]` from the density ∝ max(0, p - q/Σ') of the last transition, in several tries done at once.
 
     means and stds of the last transition, broadcastable to `[R, D]`
     log_std_ratio `[R]`: log Σ', the sum of log σ_q - log σ_p over dimensions and all transitions but the last
-    normal `[R, K, D]`, uniform `[R, K]`: one proposal from p and one test a try; the first that passes wins
+    normal `[R, tries, D]`, uniform `[R, tries]`: one proposal from p and one test a try; the first that passes wins
     fallback `[R, D]`: the token where none passes
 
     Returns the tokens and `[R]` whether a try passed.
@@ -98,13 +98,13 @@ class _Along:
     """`[R, 1, 1]` (low - start) / span"""
 
     def density(self, share: FloatArray) -> FloatArray:
-        """`[R, C, K]`, up to a factor of its own for each row."""
+        """`[R, cells, points]`, up to a factor of its own for each row."""
         offset = self.span * share
         thinned = np.expm1(-self.rate * (share + self.skipped)) / np.expm1(-self.rate * (1 + self.skipped))
         return np.exp(-offset * (self.low + offset / 2)) * thinned
 
     def mass(self, left: FloatArray, width: FloatArray) -> FloatArray:
-        """`[R, C]`: the integral of `density` over the cells [left, left + width], both `[R, C]`."""
+        """`[R, cells]`: the integral of `density` over the cells [left, left + width], both `[R, cells]`."""
         return width * (self.density(left[..., None] + width[..., None] * _NODES) @ _WEIGHTS)
 
 

@@ -1,4 +1,4 @@
-"""Work that several threads do side by side, and that ends early in all of them where it fails in one."""
+"""Tasks that run at the same time, each in a thread of its own; if one fails, all end early."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -8,32 +8,32 @@ from typing import TypeVar
 __all__ = ["run_workers"]
 
 T = TypeVar("T")
-Tell = Callable[[int], None]
-Task = Callable[[Tell], T]
-"""Does its work; what it is given, it tells how much of it is newly done."""
+Progress = Callable[[int], None]
+Task = Callable[[Progress], T]
+"""Does its work, and calls what it is given with how much of it is newly done."""
 
 
 class _Stopped(Exception):  # noqa: N818  # no error
     """Another task failed."""
 
 
-def run_workers(tasks: Sequence[Task[T]], tell: Tell) -> list[T]:
-    """What the tasks return, each from a thread of its own.
+def run_workers(tasks: Sequence[Task[T]], progress: Progress) -> list[T]:
+    """What the tasks return.
 
-    `tell` is called by one thread at a time. Where a task raises, or `tell`, or this thread is interrupted, the
-    others end when they next tell something, and that error is raised.
+    `progress` is called by one thread at a time. If a task or `progress` raises, or this thread is interrupted, the
+    other tasks end when they next report progress, and that error is raised.
     """
     stopped, turn = threading.Event(), threading.Lock()
 
-    def told(count: int) -> None:
+    def report(count: int) -> None:
         if stopped.is_set():
             raise _Stopped
         with turn:
-            tell(count)
+            progress(count)
 
     def run(task: Task[T]) -> T:
         try:
-            return task(told)
+            return task(report)
         except BaseException:
             stopped.set()
             raise

@@ -1,11 +1,11 @@
-"""Every graph of a bundle on two backends, the same inputs for both; Polygraphy runs and compares.
+"""Every graph of a bundle on two backends with the same inputs. Polygraphy runs and compares them.
 
     python -m benchmarks.gpu.compare [BUNDLE] [--against BACKEND] [--precision fp32|fp16|bf16] [--out FILE.json]
 
 The reference is always ONNX Runtime on the CPU in single precision. `--against tensorrt-rtx`, `tensorrt` and `cuda`
 need a GPU; `--against onnxruntime` compares with ONNX Runtime on the CPU, its optimisations switched off.
-Engines are Polygraphy's own, built for the inputs' sizes: a difference here is the library's or the graph's, never
-the runtime's.
+Polygraphy builds engines of its own, for the sizes of the inputs. So a difference that is found here comes from the
+library or from the graph, never from the runtime.
 """
 
 import argparse
@@ -21,21 +21,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from specdec_rt.backends.availability import driver
-from specdec_rt.build.builder import graph_slots
+from specdec_rt.backends.base import BackendName
+from specdec_rt.backends.nvidia_driver import find_driver
+from specdec_rt.build.bundle_graphs import bundle_graphs
 from specdec_rt.bundle import Bundle, load_bundle
 from specdec_rt.chain import compile_chain
 from specdec_rt.errors import BackendError, BundleError
 from specdec_rt.manifest import Binding, Graph, Precision
 from specdec_rt.types import Array
 
-BACKENDS = ("tensorrt-rtx", "tensorrt", "cuda", "onnxruntime")
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 0.2}
-"""Absolute or relative, whichever an output's value meets: of values about 1."""
+"""Values of outputs, which are about 1, may differ by so much: absolutely or relatively."""
 ROWS = 8
 IMAGES = 2
 STEPS = 2
-"""Tokens that a causal backbone is given in one call."""
+"""Tokens of each image that a causal backbone is given in one call."""
 GUIDANCE = 1.5
 
 Feed = dict[str, Array]
@@ -43,7 +43,7 @@ Feed = dict[str, Array]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an output is from the reference's."""
+    """How far one output is from the reference's."""
 
     graph: str
     output: str
@@ -54,7 +54,7 @@ class Difference:
 
 
 def graph_inputs(bundle: Bundle, graph: Graph, seed: int = 0) -> Feed:
-    """Inputs that decoding could give the graph: indices in range, the bundle's chain, values of about unit size."""
+    """Inputs that decoding could give the graph: indices in range, the bundle's chain, other values about 1."""
     rng = np.random.default_rng(seed)
     return {binding.name: _values(bundle, binding, rng) for binding in graph.inputs}
 
@@ -95,7 +95,7 @@ def _values(bundle: Bundle, binding: Binding, rng: np.random.Generator) -> Array
 def compare_graph(
     name: str, reference: Path, other: Path, inputs: Feed, against: str, tolerance: float
 ) -> list[Difference]:
-    """The graph at `other` on `against`, and at `reference` on ONNX Runtime's CPU provider."""
+    """Compare the graph at `other` on `against` with the one at `reference` on ONNX Runtime's CPU provider."""
     from polygraphy.comparator import Comparator, SimpleCompareFunc
 
     runners = [_onnxruntime(reference, "cpu"), _RUNNERS[against](other, inputs)]
@@ -147,17 +147,17 @@ def tensorrt_network(path: Path, inputs: Feed) -> tuple[Any, Any]:
 
 
 _RUNNERS: dict[str, Callable[[Path, Feed], Any]] = {
-    "tensorrt-rtx": _tensorrt,
-    "tensorrt": _tensorrt,
-    "cuda": lambda path, _: _onnxruntime(path, "cuda"),
-    "onnxruntime": lambda path, _: _onnxruntime(path, "cpu", optimised=False),
+    BackendName.TENSORRT_RTX.value: _tensorrt,
+    BackendName.TENSORRT.value: _tensorrt,
+    BackendName.CUDA.value: lambda path, _: _onnxruntime(path, "cuda"),
+    BackendName.ONNXRUNTIME.value: lambda path, _: _onnxruntime(path, "cpu", optimised=False),
 }
 
 
 def compare_bundle(bundle: Bundle, against: str, precision: Precision = "fp32") -> list[Difference]:
-    """All outputs of all graphs that the bundle has in this precision."""
+    """Compare all outputs of all graphs that the bundle has in this precision."""
     found: list[Difference] = []
-    for slot in graph_slots(bundle.manifest):
+    for slot in bundle_graphs(bundle.manifest):
         try:
             paths = bundle.path(slot.graph), bundle.path(slot.graph, precision)
         except BundleError:
@@ -167,7 +167,7 @@ def compare_bundle(bundle: Bundle, against: str, precision: Precision = "fp32") 
 
 
 def _table(differences: list[Difference], title: str) -> Table:
-    """Of each graph the output that is furthest off."""
+    """A row for each graph: its output with the largest difference."""
     table = Table("graph", "its worst output", "difference", "output's std", "passed", title=title)
     worst: dict[str, Difference] = {}
     for one in differences:
@@ -180,23 +180,23 @@ def _table(differences: list[Difference], title: str) -> Table:
 
 
 def main() -> int:
-    """Exit code 0 where all outputs are within the tolerance, 1 where one is not or nothing was compared."""
+    """Compare a bundle's graphs. Returns 0 if all outputs are within the tolerance, else, or if there are none, 1."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.compare", description=__doc__.splitlines()[0])
     parser.add_argument("bundle", nargs="?", default="digits")
-    parser.add_argument("--against", choices=BACKENDS, default="tensorrt-rtx")
+    parser.add_argument("--against", choices=list(_RUNNERS), default=BackendName.TENSORRT_RTX.value)
     parser.add_argument("--precision", choices=TOLERANCE, default="fp32")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     given = parser.parse_args()
-    if given.against == "onnxruntime" and given.precision == "bf16":
+    if given.against == BackendName.ONNXRUNTIME and given.precision == "bf16":
         parser.error("ONNX Runtime has no bf16 on the CPU; choose another backend or precision")
-    if given.against != "onnxruntime":
+    if given.against != BackendName.ONNXRUNTIME:
         try:
-            driver()
+            find_driver()
         except BackendError as error:
             sys.stderr.write(f"error: {error}\n")
             return error.exit_code
     # Polygraphy asks once, when it is imported, which of the two modules it is to use.
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if given.against == "tensorrt-rtx" else "0"
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if given.against == BackendName.TENSORRT_RTX else "0"
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.ERROR

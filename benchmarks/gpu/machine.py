@@ -1,4 +1,4 @@
-"""What a figure was measured on, and how it gets to disk."""
+"""What a figure was measured on, and how it is written to disk."""
 
 import functools
 import json
@@ -10,20 +10,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdec_rt.backends.availability import driver
 from specdec_rt.backends.installed import installed_version
+from specdec_rt.backends.nvidia_driver import find_driver
 from specdec_rt.cli import doctor
 from specdec_rt.errors import BackendError
 
 __all__ = ["machine_record", "write_json"]
 
 PACKAGES = {"torch": ("torch",), **doctor.PACKAGES}
-"""Names under which each is packaged."""
+"""The names under which each library is packaged."""
 
 
 @functools.cache
 def machine_record() -> dict[str, Any]:
-    """Device, driver, versions, commit and command, as plain values for JSON."""
+    """The device, its driver, versions of libraries, commit and command, as plain values for JSON."""
     found: dict[str, Any] = {
         "commit": _commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -33,7 +33,7 @@ def machine_record() -> dict[str, Any]:
         "versions": {name: installed_version(*names) for name, names in PACKAGES.items()},
     }
     try:
-        one = driver()
+        one = find_driver()
     except BackendError as error:
         return {**found, "device": None, "driver": None, "no_device": str(error)}
     cuda = f"{one.cuda[0]}.{one.cuda[1]}"
@@ -49,7 +49,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def _commit() -> str:
-    """Of the working tree, with "+" where files differ from it; $COMMIT where there is no repository."""
+    """The commit of the working tree, with "+" where files differ from it; $COMMIT where there is no repository."""
     root = Path(__file__).parents[2]
     try:
         found = subprocess.run(

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.random_mar --work DIR [--sizes base,large,huge]
 
-MAR-B stands alone, its own head drafts; MAR-L and MAR-H have a MAR-B as their draft. There is no VAE: steps are
+MAR-B has no draft: its own head drafts. MAR-L and MAR-H have a MAR-B as their draft. There is no VAE, because steps are
 measured, not images. Each graph also comes in fp16.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["SIZES", "bundle_folder", "write_random_mar"]
 SIZES = ("base", "large", "huge")
 DRAFT = "base"
 CHAIN = ChainSpec(steps=100, t_max=975, final_std=0.05, emit="mean")
-"""Of the published length, fit for every mode."""
+"""As long as the published one, but fit for every mode."""
 GUIDANCE = 3.0
 
 

@@ -1,4 +1,4 @@
-"""What a run on a GPU found, as a short table; makes tests.json and parts.json of what the parts left.
+"""What a run on a GPU found, as short tables. Also writes tests.json and parts.json from what its parts have left.
 
 python -m benchmarks.gpu.report DIR [--parts FILE.tsv] [--junit FILE.xml]
 """
@@ -6,7 +6,7 @@ python -m benchmarks.gpu.report DIR [--parts FILE.tsv] [--junit FILE.xml]
 import argparse
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,19 @@ from benchmarks.gpu.steps import STEPS
 __all__ = ["main", "read_junit"]
 
 
-def main() -> None:
-    """Print what there is in the folder."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print what is in the folder."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.report", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", type=Path, help="name, exit code and seconds of each part, between tabs")
+    parser.add_argument("--parts", type=Path, help="name, exit code and seconds of each part, separated by tabs")
     parser.add_argument("--junit", type=Path, help="what pytest wrote")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     folder: Path = given.folder
     if given.parts is not None:
         write_json(folder / "parts.json", {"machine": machine_record(), "parts": _parts(given.parts)})
     if given.junit is not None and given.junit.exists():
         write_json(folder / "tests.json", {"machine": machine_record(), **read_junit(given.junit)})
-    # As wide as its tables, also where no terminal is.
+    # As wide as the tables, also where there is no terminal.
     console = Console(width=None if Console().is_terminal else 140)
     for name, show in _SECTIONS.items():
         path = folder / f"{name}.json"
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def read_junit(path: Path) -> dict[str, Any]:
-    """Counts, why tests were skipped, and of the others those that failed or took figures down."""
+    """How many tests passed, failed and were skipped, and why; those that failed or recorded figures, one by one."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     reasons: dict[str, int] = {}
     tests = []
@@ -96,7 +96,7 @@ def _show_tests(found: dict[str, Any]) -> RenderableType:
 
 
 def _show_steps(found: dict[str, Any]) -> RenderableType:
-    """The median of each step in milliseconds: a line for each form of a backend."""
+    """The median of each step in milliseconds, with a line for each form of a backend."""
     table = Table("model", "backend", "graphs", "in", "batch", *STEPS, title="median ms of a step's launch")
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in found["rows"]:

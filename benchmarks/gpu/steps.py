@@ -1,10 +1,10 @@
-"""Latency of the steps of decoding on one backend, through the runtime's own `Steps`.
+"""Latency of the steps of decoding on one backend: the launches of the runtime's own `Session`.
 
-The batch stands in the middle of its images, each image with the same number of tokens; tokens and noise are
-random, so figures are those of the shapes, whatever a model has learned.
+The batch stands in the middle of its images, each image with the same number of tokens. Tokens and noise are random, so
+figures are those of the shapes, whatever a model has learned.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,25 +14,26 @@ from benchmarks.gpu.timing import Clock, TimedDevice
 from specdec_rt import DecodeOptions, Pipeline
 from specdec_rt.backends.base import Backend
 from specdec_rt.bundle import Bundle
-from specdec_rt.decode import redraft
-from specdec_rt.decode.draft import ChainNoise
-from specdec_rt.decode.loop import Session
+from specdec_rt.decode.decoder import DecodingSetup
+from specdec_rt.decode.round import ChainSuffixes, RowInputs
 from specdec_rt.families.position_batch import PositionBatch
-from specdec_rt.types import FloatArray, IntArray
+from specdec_rt.plan import Tuning
+from specdec_rt.types import FloatArray
 
-__all__ = ["STEPS", "Stage", "measure_steps", "timed_pipeline"]
+__all__ = ["STEPS", "HalfwayBatch", "measure_steps", "timed_pipeline"]
 
-STEPS = ("target", "draft", "verify", "redraft", "completion")
+STEPS = ("target", "draft", "verify", "resume", "finish")
 MAR_AR_STEPS = 64
 DRAFT_LENGTH = 4
 SEED = 0
 
 
-def timed_pipeline(bundle: Bundle, backend: Backend) -> tuple[Pipeline, TimedDevice]:
-    """The bundle on the backend, whose recorded steps are timed."""
+def timed_pipeline(bundle: Bundle, backend: Backend, tuning: Tuning | None = None) -> tuple[Pipeline, TimedDevice]:
+    """The bundle on the backend, whose launches are timed."""
     device = TimedDevice(backend.device)
     # Every backend is a dataclass that makes its engines on the device it is given.
-    return Pipeline(bundle, cast("Backend", replace(cast("Any", backend), device=device))), device
+    timed = cast("Backend", replace(cast("Any", backend), device=device))
+    return Pipeline(bundle, timed, tuning=tuning), device
 
 
 def measure_steps(
@@ -40,32 +41,18 @@ def measure_steps(
 ) -> Iterator[dict[str, Any]]:
     """A record for each batch size and step, as it is measured.
 
-    "launch" is the step on the device; "call" is all that the runtime does for it, staging and reading included
-    (of draft and verification together: they are one call).
+    "launch" is the step on the device. "call" is all that the runtime does for it, with the host's work before and
+    after the launch; for draft and verification it is one figure, because they are one call.
     """
-    session = pipeline.session(_options(pipeline.bundle))
+    setup = pipeline.setup(_options(pipeline.bundle))
     for batch in batches:
-        stage = Stage.set(session, pipeline.bundle, batch)
-        shared = {"batch": batch, "draft_length": stage.span.length, "draft": session.plan.draft or "self"}
-        single = clock.launches(device, stage.single, ["target"])
-        yield {**shared, "step": "target", **stage.counts(stage.first), **_launch(single, "target"), **_call(single)}
-        both = clock.launches(device, stage.round, ["draft", "verify"])
-        for step in ("draft", "verify"):
-            yield {**shared, "step": step, **stage.counts(stage.span), **_launch(both, step), **_call(both)}
-        counts = {"rows": len(stage.rejected), "chain": stage.left}
-        if session.plan.grid is not None and stage.left >= redraft.LEAST:  # else chains are too short for it
-            again = clock.launches(device, stage.redraft, ["redraft"])
-            yield {**shared, "step": "redraft", **counts, **_launch(again, "redraft"), **_call(again)}
-        rest = clock.launches(device, stage.complete, ["completion"])
-        yield {**shared, "step": "completion", **counts, **_launch(rest, "completion"), **_call(rest)}
-
-
-def _launch(found: dict[str, Any], name: str) -> dict[str, Any]:
-    return {"launch": found[name]}
-
-
-def _call(found: dict[str, Any]) -> dict[str, Any]:
-    return {"call": found["call"]}
+        halfway = HalfwayBatch.begin(setup, pipeline.bundle, batch)
+        shared = {"batch": batch, "draft_length": halfway.positions.length, "draft": setup.plan.draft or "self"}
+        for step, (call, launches) in halfway.steps().items():
+            found = clock.launches(device, call, launches)
+            for launch in launches:
+                record = {"step": launch, **halfway.size_of(step), "launch": found[launch], "call": found["call"]}
+                yield {**shared, **record}
 
 
 def _options(bundle: Bundle) -> DecodeOptions:
@@ -80,76 +67,80 @@ def _options(bundle: Bundle) -> DecodeOptions:
 
 
 @dataclass(frozen=True)
-class Stage:
+class HalfwayBatch:
     """A batch halfway through its images, and what its next steps are given."""
 
-    session: Session
+    setup: DecodingSetup
     tokens: FloatArray
     """`[A, L, D]`"""
-    first: PositionBatch
+    next_step: PositionBatch
     """the next AR step"""
-    span: PositionBatch
-    """the next γ"""
+    positions: PositionBatch
+    """the next γ AR steps"""
     normals: FloatArray
-    """`[R, n + 1, D]` of the span's rows"""
+    """`[R, n + 1, D]` noise of the rows of `positions`"""
 
     @classmethod
-    def set(cls, session: Session, bundle: Bundle, batch: int) -> "Stage":
-        """Begin a batch of as many lanes as the device takes for it."""
+    def begin(cls, setup: DecodingSetup, bundle: Bundle, batch: int) -> "HalfwayBatch":
+        """Begin a batch of as many slots as the device takes for it."""
         rng = np.random.default_rng(SEED)
-        manifest, plan, steps = bundle.manifest, session.plan, session.steps
-        lanes = steps.device.batch_bucket(batch)
-        for model in steps.models:
-            model.backbone.begin(np.arange(lanes) % manifest.classes)
-        order = np.tile(np.arange(manifest.tokens), (lanes, 1))
+        manifest, plan, session = bundle.manifest, setup.plan, setup.session
+        slots = session.device.batch_bucket(batch)
+        for model in session.models:
+            model.backbone.begin(np.arange(slots) % manifest.classes)
+        order = np.tile(np.arange(manifest.tokens), (slots, 1))
         if plan.random_order:
             order = rng.permuted(order, axis=1)
-        step = np.full(lanes, plan.schedule.steps // 2)
-        span = PositionBatch.of(order, plan.schedule.known, step, plan.draft_length)
-        tokens = rng.standard_normal((lanes, manifest.tokens, manifest.token_dim), np.float32)
-        length = session.lead.head.chain.length
-        normals = rng.standard_normal((len(span.owner), length + 1, manifest.token_dim), np.float32)
-        return cls(session, tokens, span.at(0), span, normals)
+        first_step = np.full(slots, plan.schedule.steps // 2)
+        positions = PositionBatch.of(order, plan.schedule.known, first_step, plan.draft_length)
+        tokens = rng.standard_normal((slots, manifest.tokens, manifest.token_dim), np.float32)
+        length = setup.target.head.chain.length
+        normals = rng.standard_normal((len(positions.position), length + 1, manifest.token_dim), np.float32)
+        return cls(setup, tokens, positions.at(0), positions, normals)
 
-    @property
-    def rejected(self) -> IntArray:
-        """Rows that are completed: of each image one AR step, the first."""
-        return np.flatnonzero(self.span.offset == 0)
+    def steps(self) -> dict[str, tuple[Callable[[], object], tuple[str, ...]]]:
+        """The runtime's calls by what they do, and the names of the launches that each makes."""
+        plan, suffixes = self.setup.plan, self.suffixes
+        left = self.chain - int(suffixes.begin[0])
+        resumes = (
+            plan.resume_step_mask is not None and left >= plan.min_resume_steps
+        )  # else chains are too short for it
+        session = self.setup.session
+        return {
+            "draw": (self.draw, ("target",)),
+            "speculate": (self.speculate, ("draft", "verify")),
+            **({"resume": (lambda: session.resume(suffixes), ("resume",))} if resumes else {}),
+            "finish": (lambda: session.finish(suffixes), ("finish",)),
+        }
 
-    @property
-    def left(self) -> int:
-        """Transitions that a completion makes: the later half of the chain."""
-        return self.session.target.head.chain.length - self._begin
+    def size_of(self, step: str) -> dict[str, int]:
+        """How many tokens a call is for, and how many transitions of each."""
+        if step in ("resume", "finish"):
+            return {"rows": len(self.suffixes.rows), "chain": self.chain - int(self.suffixes.begin[0])}
+        positions = self.next_step if step == "draw" else self.positions
+        return {"rows": len(positions.position), "chain": self.chain}
 
-    @property
-    def _begin(self) -> int:
-        return self.session.target.head.chain.length // 2
-
-    def counts(self, span: PositionBatch) -> dict[str, int]:
-        """How much work a step over `span` is."""
-        return {"rows": len(span.owner), "chain": self.session.target.head.chain.length}
-
-    def single(self) -> None:
+    def draw(self) -> None:
         """The target makes the tokens of one AR step: backbone and a whole chain."""
-        rows, plan = len(self.first.owner), self.session.plan
-        noise, guidance = ChainNoise.of(self.normals[:rows]), plan.guidance_at(self.first.ar_step)
-        self.session.steps.single(self.session.target, self.tokens, self.first, noise, guidance)
+        self.setup.session.draw(self.setup.target, self._inputs(self.next_step))
 
-    def round(self) -> None:
+    def speculate(self) -> None:
         """The draft proposes γ AR steps, the target judges them."""
-        guidance = self.session.plan.guidance_at(self.span.ar_step)
-        self.session.steps.round(self.tokens, self.span, ChainNoise.of(self.normals), guidance)
+        self.setup.session.speculate(self._inputs(self.positions))
 
-    def redraft(self) -> None:
-        """The target drafts and judges what `complete` makes step by step."""
-        self.session.steps.redraft(*self._rest())
+    def _inputs(self, positions: PositionBatch) -> RowInputs:
+        """What a launch for these positions is given. Their rows are the first ones of the noise."""
+        guidance = self.setup.plan.guidance_at(positions.ar_step)
+        return RowInputs(positions, self.tokens, self.normals[: len(positions.position)], guidance)
 
-    def complete(self) -> None:
-        """The target redraws one AR step of each image from halfway down the chain."""
-        self.session.steps.complete(*self._rest())
+    @property
+    def chain(self) -> int:
+        """n, transitions of a whole chain."""
+        return self.setup.target.head.chain.length
 
-    def _rest(self) -> tuple[IntArray, FloatArray, FloatArray, FloatArray, IntArray]:
-        rows = self.rejected
-        guidance = self.session.plan.guidance_at(self.span.ar_step[rows])
-        start, noise = self.normals[rows, 0], self.normals[rows, 1:]
-        return rows, guidance, start, noise, np.full(len(rows), self._begin)
+    @property
+    def suffixes(self) -> ChainSuffixes:
+        """The later halves of the chains of each image's next AR step, to be resumed or finished."""
+        rows = np.flatnonzero(self.positions.offset == 0)
+        guidance, normals = self.setup.plan.guidance_at(self.positions.ar_step[rows]), self.normals[rows]
+        return ChainSuffixes(rows, guidance, normals[:, 0], np.full(len(rows), self.chain // 2), normals[:, 1:])

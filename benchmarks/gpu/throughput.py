@@ -1,4 +1,4 @@
-"""Whole images a second, through `Pipeline.generate`."""
+"""Whole images per second, through `Pipeline.generate`."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,9 +17,9 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def measure_throughput(pipeline: Pipeline, batches: Sequence[int], repeats: int) -> Iterator[dict[str, Any]]:
-    """A record for each batch size and mode: requests of one batch each, every one made once before it counts.
+    """A record for each batch size and mode, from requests of one batch each.
 
-    The request made before has the same seed, so that all shapes that it takes have been met, and captured.
+    Every request is first made once, untimed, with the same seed: then all shapes that it meets have been captured.
     """
     classes = pipeline.bundle.manifest.classes
     for batch in batches:

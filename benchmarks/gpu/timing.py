@@ -1,4 +1,4 @@
-"""How long recorded steps take: a host clock around launch and wait, with nothing else queued on the device."""
+"""How long launches take: by the host's clock, from the launch until the device is idle, with nothing else queued."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,33 +22,33 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float) -> "Deadline":
-        """So many seconds from now."""
+        """The deadline so many seconds from now."""
         return cls(time.monotonic() + seconds)
 
     @property
     def passed(self) -> bool:
-        """Whether it is too late."""
+        """Whether the time is over."""
         return time.monotonic() >= self.at
 
 
 class TimedDevice:
-    """A device whose recorded steps are timed one by one; everything else is the device's own."""
+    """A device whose launches are timed one by one. All else is the device's own."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self.seconds: list[float] = []
-        """of each launch, in the order of the launches"""
+        """of each launch, in their order"""
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # whatever the device has
         return getattr(self._device, name)
 
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:
-        """As in `base.Device`; a launch is waited for."""
-        step, wait = self._device.record(calls), self._device.wait
+        """All calls as one launch, which is waited for."""
+        recorded, wait = self._device.record(calls), self._device.wait
 
         def launch() -> None:
             started = time.perf_counter()
-            step()
+            recorded()
             wait()
             self.seconds.append(time.perf_counter() - started)
 
@@ -57,10 +57,10 @@ class TimedDevice:
 
 @dataclass(frozen=True)
 class Clock:
-    """Repeats a step: `warmup` times unseen (in which graphs are captured), then `repeats` times.
+    """Repeats a step: `warmup` times untimed (graphs are captured then), and `repeats` times on the clock.
 
-    A step that takes long is repeated less often, so that all take at most `seconds`, but never less than
-    `fewest` times.
+    A step that takes long is repeated less often: once all repeats have taken `seconds` none begins, but there are
+    always `fewest` of them.
     """
 
     repeats: int = 20
@@ -71,7 +71,8 @@ class Clock:
     def launches(self, device: TimedDevice, step: Callable[[], object], names: Sequence[str]) -> dict[str, Any]:
         """Times of the launches that `step` makes, by `names` in their order, and of the whole step ("call").
 
-        The whole contains what the host does before and after the launches.
+        Where it makes more launches than there are names, the last name is for all that are left. The whole step
+        contains what the host does before and after the launches.
         """
         calls: list[float] = []
         launches: list[list[float]] = []
@@ -82,20 +83,21 @@ class Clock:
             started = time.perf_counter()
             step()
             calls.append(time.perf_counter() - started)
-            launches.append(list(device.seconds))
+            assert len(device.seconds) >= len(names), "fewer launches than were expected"
+            last = len(names) - 1
+            launches.append([*device.seconds[:last], sum(device.seconds[last:])])
             if len(calls) >= self.fewest and sum(calls) > self.seconds:
                 break
-        assert all(len(row) == len(names) for row in launches), "not the launches that were expected"
         parts = {name: summary(row) for name, row in zip(names, zip(*launches, strict=True), strict=True)}
         return {**parts, "call": summary(calls)}
 
     def settings(self) -> dict[str, Any]:
-        """For the record of a run."""
+        """The clock's settings, for the record of a run."""
         return {"clock": CLOCK, **asdict(self)}
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median, 95th percentile and least, in milliseconds, and of how many."""
+    """Median, 95th percentile and least of some times, in milliseconds, and how many there are."""
     milliseconds = np.asarray(seconds) * 1e3
     return {
         "median_ms": round(float(np.median(milliseconds)), 4),

@@ -1,6 +1,6 @@
-"""PyTorch as a backend: the runtime's own steps with torch's kernels, eager or as torch's CUDA graphs.
+"""PyTorch as a backend: the runtime's own launches with torch's kernels, eager or as torch's CUDA graphs.
 
-What is compared is then the same work: the same steps on the same buffers and random numbers, launched alike.
+So what is compared is the same work: the same launches, on the same buffers and random numbers.
 """
 
 from bisect import bisect_right, insort
@@ -17,12 +17,12 @@ from benchmarks.gpu.torch_graphs import TorchGraph, torch_graphs
 from specdec_rt.backends.base import BoundCall, Engine, Limits
 from specdec_rt.bundle import Bundle
 from specdec_rt.manifest import Precision
-from specdec_rt.types import Array, FloatArray
+from specdec_rt.types import Array
 
 __all__ = ["TorchBackend", "TorchDevice"]
 
 KEPT_SHAPES = 1024
-"""As on `CudaDevice`."""
+"""For how many shapes buffers and recordings are kept: as many as on `CudaDevice`."""
 _DTYPES = {
     np.dtype(np.float32): torch.float32,
     np.dtype(np.float64): torch.float64,
@@ -33,11 +33,11 @@ _DTYPES = {
 
 @dataclass(frozen=True, eq=False)
 class _Move:
-    """An upload or a download, which a captured step leaves outside its graph."""
+    """An upload or a download. A captured launch leaves it outside its graph."""
 
     kind: Literal["up", "down"]
     pairs: list[tuple[Tensor, Tensor]]
-    """to, from"""
+    """destinations and sources"""
 
     def __call__(self) -> None:
         for to, of in self.pairs:
@@ -45,10 +45,10 @@ class _Move:
 
 
 class TorchDevice:
-    """As in `base.Device`, on a torch device; sizes are padded as on `CudaDevice`.
+    """A torch device as the runtime's `Device`. Sizes are padded as on `CudaDevice`.
 
-    On a GPU host arrays are pinned. A captured step moves what goes up, then replays its graph, then moves what
-    comes down: what a program with static input tensors does.
+    On a GPU host arrays are pinned. A captured launch uploads, then replays its graph, then downloads: what a program
+    with static input tensors does.
     """
 
     def __init__(self, device: str, *, batch_buckets: Sequence[int], graphs: bool) -> None:
@@ -59,41 +59,41 @@ class TorchDevice:
         self._buckets = tuple(batch_buckets)
         self._begins: list[int] = []
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
-        """host address → host tensor, twin; kept until the device goes"""
+        """host address → host tensor, device buffer; kept until the device goes"""
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs work one after the other
 
     def activate(self) -> None:
-        """As in `base.Device`; torch does so by itself."""
+        """Nothing: torch does it by itself."""
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic], *, staged: bool = True) -> Array:
-        """As in `base.Device`."""
+        """An array of zeros and its device buffer. Only the host side of a `staged` one is pinned."""
         kind = _DTYPES[np.dtype(dtype)]
         host = torch.zeros(shape, dtype=kind, pin_memory=self.cuda and staged)
-        twin = torch.zeros(shape, dtype=kind, device=self.name)
-        self._entries[host.data_ptr()] = (host, twin)
+        buffer = torch.zeros(shape, dtype=kind, device=self.name)
+        self._entries[host.data_ptr()] = (host, buffer)
         insort(self._begins, host.data_ptr())
         return np.asarray(host.numpy())
 
     def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
-        """As in `base.Device`; torch takes any part of an array."""
+        """An array of zeros: torch takes any part of one."""
         return self.zeros(shape, dtype)
 
-    def twin(self, view: Array) -> Tensor:
-        """The twin of an array or of a view."""
+    def buffer(self, view: Array) -> Tensor:
+        """The device buffer of an array, or of a view of one."""
         at = view.ctypes.data
         begin = self._begins[bisect_right(self._begins, at) - 1]
-        _, twin = self._entries[begin]
-        assert at < begin + max(twin.numel() * twin.element_size(), 1), "an array that is none of the device's"
+        _, buffer = self._entries[begin]
+        assert at < begin + max(buffer.numel() * buffer.element_size(), 1), "an array that is none of the device's"
         strides = [stride // view.itemsize for stride in view.strides]
-        return torch.as_strided(twin, view.shape, strides, (at - begin) // view.itemsize)
+        return torch.as_strided(buffer, view.shape, strides, (at - begin) // view.itemsize)
 
     def upload(self, *arrays: Array) -> BoundCall:
-        """As in `base.Device`."""
-        return _Move("up", [(self.twin(array), self._host(array)) for array in arrays])
+        """Copies arrays to their device buffers."""
+        return _Move("up", [(self.buffer(array), self._host(array)) for array in arrays])
 
     def download(self, *arrays: Array) -> BoundCall:
-        """As in `base.Device`."""
-        return _Move("down", [(self._host(array), self.twin(array)) for array in arrays])
+        """Copies device buffers to their arrays."""
+        return _Move("down", [(self._host(array), self.buffer(array)) for array in arrays])
 
     def _host(self, view: Array) -> Tensor:
         begin = self._begins[bisect_right(self._begins, view.ctypes.data) - 1]
@@ -102,69 +102,59 @@ class TorchDevice:
         return torch.as_strided(host, view.shape, strides, (view.ctypes.data - begin) // view.itemsize)
 
     def copy(self, destination: Array, source: Array) -> BoundCall:
-        """As in `base.Device`."""
-        to, of = self.twin(destination), self.twin(np.broadcast_to(source, destination.shape))
+        """Copies one device buffer to another, broadcast to its shape."""
+        to, of = self.buffer(destination), self.buffer(np.broadcast_to(source, destination.shape))
         return lambda: _ignore(to.copy_(of))
 
     def gather(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `base.Device`."""
-        to, of, rows = self.twin(destination), self.twin(source), self.twin(index)
+        """`destination = source[index]`, by rows."""
+        to, of, rows = self.buffer(destination), self.buffer(source), self.buffer(index)
         return lambda: _ignore(torch.index_select(of, 0, rows, out=to))
 
     def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `base.Device`."""
-        to, of, rows = self.twin(destination), self.twin(source), self.twin(index)
+        """`destination[index] = source`, by rows."""
+        to, of, rows = self.buffer(destination), self.buffer(source), self.buffer(index)
         return lambda: _ignore(to.index_copy_(0, rows, of))
 
-    def recur(
-        self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
-    ) -> BoundCall:
-        """As in `base.Device`."""
-        states, means, normals = (self.twin(array) for array in (path, mean, noise))
-        first, second = (self.twin(array) for array in held)
-
-        def call() -> None:
-            for each, (of_state, of_first, of_second, std) in enumerate(factors.tolist()):
-                made = of_state * states[each].double() + of_first * first.double() + of_second * second.double()
-                means[each] = made
-                states[each + 1] = made + std * normals[each].double()
-
-        return call
-
-    def recur_rows(
+    def linear_recurrence(
         self,
         path: Array,
         mean: Array,
-        noise: Array,
-        state: Array,
-        made: tuple[Array, Array],
+        normals: Array,
+        evaluated: tuple[Array, Array, Array],
         window: tuple[Array, Array],
-        factors: Array,
+        coefficients: Array,
     ) -> BoundCall:
-        """As in `base.Device`: all steps of all rows, of which those outside of a row's window change nothing."""
-        states, means, normals, last = (self.twin(array) for array in (path, mean, noise, state))
-        next_state, first_mean, at, end, table = (self.twin(array) for array in (*made, *window, factors))
-        rows, length = torch.arange(len(states), device=states.device), means.shape[1]
+        """Transitions on a held x̂₀: one product for all rows, of which steps outside a row's window change nothing."""
+        states, means, noise = self.buffer(path)[:, 1:], self.buffer(mean), self.buffer(normals)[:, 1:]
+        before, after, evaluated_mean = (self.buffer(array) for array in evaluated)
+        (begin, end), table = (self.buffer(array) for array in window), self.buffer(coefficients)
+        row, step = (torch.arange(size, device=self.name) for size in means.shape[:2])
 
         def call() -> None:
-            on, first = (at < end)[:, None], at.clamp(max=length - 1)
-            held = table[first, 3:4] * states[rows, first] + table[first, 4:5] * first_mean
-            means[rows, first] = torch.where(on, first_mean, means[rows, first])
-            states[rows, first + 1] = torch.where(on, next_state, states[rows, first + 1])
-            value = torch.where(on, next_state, last)
-            for step in range(1, length):
-                inside = ((at < step) & (step < end))[:, None]
-                around = table[step, :1] * value + table[step, 1:2] * held
-                value = torch.where(inside, (around + table[step, 2:3] * normals[:, step]).float(), value)
-                means[:, step] = torch.where(inside, around.float(), means[:, step])
-                states[:, step + 1] = torch.where(inside, value, states[:, step + 1])
-            last.copy_(value)
+            active = (begin < end)[:, None]
+            at_begin, held = (
+                active & (step == begin[:, None]),
+                (begin[:, None] < step) & (step < end[:, None]),
+            )  # [R, n]
+            at_begin, held = at_begin[..., None], held[..., None]
+            of_state, of_x0, std = table[:, 0], table[:, 1:2], table[:, 2:3]
+            at = table[begin.clamp(max=len(step) - 1)]
+            x0_pred = at[:, 3:4] * before + at[:, 4:5] * evaluated_mean
+            drawn = std * noise
+            added = torch.where(held, of_x0 * x0_pred[:, None] + drawn, 0) + torch.where(at_begin, after[:, None], 0)
+            # [j, h] what a state made by transition j has been multiplied with after transition h.
+            factor = torch.where(step > step[:, None], of_state, 1.0).cumprod(1).triu()
+            made = torch.einsum("jh,rjd->rhd", factor, added)
+            means.copy_(torch.where(held, made - drawn, torch.where(at_begin, evaluated_mean[:, None], means)))
+            states.copy_(torch.where(held | at_begin, made, states))
+            after.copy_(torch.where(active, made[row, (end - 1).clamp(min=0)], before))
 
         return call
 
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:
-        """As in `base.Device`."""
-        return _Step(calls, self._capture if self.graphs else None)
+        """All calls as one launch."""
+        return _Launch(calls, self._capture if self.graphs else None)
 
     def _capture(self, calls: Sequence[BoundCall]) -> BoundCall:
         graph = torch.cuda.CUDAGraph()
@@ -175,25 +165,25 @@ class TorchDevice:
         return graph.replay
 
     def wait(self) -> None:
-        """As in `base.Device`."""
+        """Return when everything queued is done."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def batch_bucket(self, images: int) -> int:
-        """As on `CudaDevice`."""
+        """The smallest bucket that holds so many images; `images` itself beyond the largest."""
         return next((bucket for bucket in self._buckets if bucket >= images), images)
 
     def bucketed(self, count: int, limit: int) -> int:
-        """As on `CudaDevice`."""
+        """A quarter of `limit`, half of it or all."""
         return next(size for size in (-(-limit // 4), -(-limit // 2), limit) if size >= count)
 
 
-class _Step:
-    """Calls of one step: what goes up, the work (captured after its first run), what comes down."""
+class _Launch:
+    """The calls of one launch: uploads, the work (captured after its first run), downloads."""
 
     def __init__(self, calls: Sequence[BoundCall], capture: Callable[[Sequence[BoundCall]], BoundCall] | None) -> None:
         moves = [call for call in calls if isinstance(call, _Move)]
-        # What goes up is written by nothing else, so it may go first.
+        # Nothing else writes to what is uploaded, so uploads may go first.
         self._up = [move for move in moves if move.kind == "up"]
         self._down = [move for move in moves if move.kind == "down"]
         self._work = [call for call in calls if not isinstance(call, _Move)]
@@ -210,12 +200,12 @@ class _Step:
 
 
 def _ignore(_: Tensor) -> None:
-    """A bound call returns nothing."""
+    """Drop what torch returns: a bound call returns nothing."""
 
 
 @dataclass(frozen=True)
 class TorchBackend:
-    """As in `engine.Backend`: the bundle's own weights in the modules that its graphs were exported from."""
+    """PyTorch as the runtime's `Backend`: the bundle's weights in the modules that its graphs were exported from."""
 
     device: TorchDevice
     graphs: Mapping[Path, TorchGraph]
@@ -233,7 +223,7 @@ class TorchBackend:
 
 
 class TorchEngine:
-    """A module; as in `base.Engine`."""
+    """A torch module as the runtime's `Engine`."""
 
     in_place = True
 
@@ -242,9 +232,9 @@ class TorchEngine:
         self.inputs, self.outputs = frozenset(graph.inputs), frozenset(graph.outputs)
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002  # the protocol's
-        """As in `base.Engine`."""
-        given = [self._device.twin(inputs[name]) for name in self._graph.inputs]
-        wanted = [self._device.twin(outputs[name]) for name in self._graph.outputs]
+        """A call of the module that reads these inputs and copies its results to these outputs."""
+        given = [self._device.buffer(inputs[name]) for name in self._graph.inputs]
+        wanted = [self._device.buffer(outputs[name]) for name in self._graph.outputs]
         module = self._graph.module
 
         def call() -> None:

@@ -20,7 +20,7 @@ from export.models.causal import CausalBackbone, CausalModel
 from export.models.head import DiffusionHead
 from export.models.mar import Block, Mar, MarBackbone
 from export.to_onnx import TORCH_TYPES
-from specdec_rt.build.builder import GraphSlot, graph_slots
+from specdec_rt.build.bundle_graphs import BundleGraph, bundle_graphs
 from specdec_rt.bundle import Bundle
 from specdec_rt.manifest import GraphName, Precision
 
@@ -42,7 +42,7 @@ def torch_graphs(bundle: Bundle, device: torch.device, precision: Precision) -> 
     learned = bundle.manifest.chain.variance == "learned"
     dtype = TORCH_TYPES[precision]
     graphs = {}
-    for slot in graph_slots(bundle.manifest):
+    for slot in bundle_graphs(bundle.manifest):
         module = _module(pair, slot, learned=learned).eval().requires_grad_(False)
         single = slot.name in (None, GraphName.TIME_EMBEDDING)
         module = module.to(device=device, dtype=torch.float32 if single else dtype)
@@ -51,7 +51,7 @@ def torch_graphs(bundle: Bundle, device: torch.device, precision: Precision) -> 
     return graphs
 
 
-def _module(pair: CausalPair | MarPair, slot: GraphSlot, *, learned: bool) -> nn.Module:
+def _module(pair: CausalPair | MarPair, slot: BundleGraph, *, learned: bool) -> nn.Module:
     if slot.name is None:
         assert isinstance(pair, MarPair)
         assert pair.vae is not None

@@ -37,15 +37,15 @@ class CausalBaseline:
         tokens = torch.zeros(images, size.tokens, size.token_dim)
         shown = torch.zeros_like(tokens)
         condition = self._cached(doubled) if self.cached else self._whole(doubled)
-        for place in range(size.tokens):
+        for position in range(size.tokens):
             with self.parts.backbone:
-                z = condition(tokens, place)
+                z = condition(tokens, position)
             with self.parts.head:
-                at = torch.full((images,), place)
+                at = torch.full((images,), position)
                 normals = noise.chain(torch.arange(images), at, self.sampler.length, size.token_dim)
-                guidance = None if self.scale is None else float(self.scale[place])
-                tokens[:, place], mean = self.sampler.sample(z, guidance, normals)
-            shown[:, place] = mean if self.sampler.emit_mean else tokens[:, place]
+                guidance = None if self.scale is None else float(self.scale[position])
+                tokens[:, position], mean = self.sampler.sample(z, guidance, normals)
+            shown[:, position] = mean if self.sampler.emit_mean else tokens[:, position]
         return shown
 
     def _whole(self, labels: Tensor) -> "_WholeContext":
@@ -62,14 +62,14 @@ class _WholeContext:
     backbone: CausalBackbone
     labels: Tensor
 
-    def __call__(self, tokens: Tensor, place: int) -> Tensor:
+    def __call__(self, tokens: Tensor, position: int) -> Tensor:
         model = self.backbone
-        known = tokens[:, :place].repeat(len(self.labels) // len(tokens), 1, 1)
+        known = tokens[:, :position].repeat(len(self.labels) // len(tokens), 1, 1)
         hidden = torch.cat([model.label_embed(self.labels)[:, None], model.token_embed(known)], dim=1)
-        hidden = hidden + model.position_in[: place + 1]
+        hidden = hidden + model.position_in[: position + 1]
         for block in model.layers():
             hidden = block(hidden)
-        z: Tensor = model.adapter(model.norm(hidden[:, -1]) + model.position_out[place])
+        z: Tensor = model.adapter(model.norm(hidden[:, -1]) + model.position_out[position])
         return z
 
 
@@ -84,38 +84,38 @@ class _Cached:
         self._values = [torch.zeros(shape) for _ in range(size.depth)]
         self._compiled = compiled
 
-    def __call__(self, tokens: Tensor, place: int) -> Tensor:
+    def __call__(self, tokens: Tensor, position: int) -> Tensor:
         model = self._backbone
-        if place == 0:
+        if position == 0:
             hidden = model.label_embed(self._labels)
         else:
-            last = tokens[:, place - 1].repeat(len(self._labels) // len(tokens), 1)
+            last = tokens[:, position - 1].repeat(len(self._labels) // len(tokens), 1)
             hidden = model.token_embed(last)
-        hidden = (hidden + model.position_in[place])[:, None]
+        hidden = (hidden + model.position_in[position])[:, None]
         if self._compiled:
-            # Fixed sizes, or each place would be compiled for itself.
-            sees = torch.arange(model.size.tokens) <= place
-            return _masked_pass(model, hidden, self._keys, self._values, torch.tensor([place]), sees)
+            # Fixed sizes, or each position would be compiled for itself.
+            sees = torch.arange(model.size.tokens) <= position
+            return _masked_pass(model, hidden, self._keys, self._values, torch.tensor([position]), sees)
         for block, keys, values in zip(model.layers(), self._keys, self._values, strict=True):
             query, key, value = block.attn.split(block.norm1(hidden))
-            keys[:, :, place], values[:, :, place] = key[:, :, 0], value[:, :, 0]
-            attended = scaled_dot_product_attention(query, keys[:, :, : place + 1], values[:, :, : place + 1])
+            keys[:, :, position], values[:, :, position] = key[:, :, 0], value[:, :, 0]
+            attended = scaled_dot_product_attention(query, keys[:, :, : position + 1], values[:, :, : position + 1])
             hidden = hidden + block.attn.merge(attended)
             hidden = hidden + block.mlp(block.norm2(hidden))
-        z: Tensor = model.adapter(model.norm(hidden[:, 0]) + model.position_out[place])
+        z: Tensor = model.adapter(model.norm(hidden[:, 0]) + model.position_out[position])
         return z
 
 
 @torch.compile(fullgraph=True, dynamic=False)
 def _masked_pass(
-    model: CausalBackbone, hidden: Tensor, keys: list[Tensor], values: list[Tensor], place: Tensor, sees: Tensor
+    model: CausalBackbone, hidden: Tensor, keys: list[Tensor], values: list[Tensor], position: Tensor, sees: Tensor
 ) -> Tensor:
     for block, layer_keys, layer_values in zip(model.layers(), keys, values, strict=True):
         query, key, value = block.attn.split(block.norm1(hidden))
-        layer_keys.index_copy_(2, place, key)
-        layer_values.index_copy_(2, place, value)
+        layer_keys.index_copy_(2, position, key)
+        layer_values.index_copy_(2, position, value)
         attended = scaled_dot_product_attention(query, layer_keys, layer_values, attn_mask=sees[None])
         hidden = hidden + block.attn.merge(attended)
         hidden = hidden + block.mlp(block.norm2(hidden))
-    z: Tensor = model.adapter(model.norm(hidden[:, 0]) + model.position_out[place])
+    z: Tensor = model.adapter(model.norm(hidden[:, 0]) + model.position_out[position])
     return z

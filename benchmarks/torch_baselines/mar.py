@@ -1,6 +1,6 @@
-"""MAR in PyTorch, as its public `sample_tokens` goes: both halves of the doubled batch through encoder and decoder.
+"""MAR in PyTorch, like its public `sample_tokens`: both halves of the doubled batch through encoder and decoder.
 
-The encoder sees the known tokens alone (a boolean gather), the decoder all places; attention is torch's fused one,
+The encoder sees the known tokens alone (a boolean gather), the decoder all positions; attention is torch's fused one,
 as in the published models' blocks.
 """
 
@@ -19,7 +19,7 @@ __all__ = ["MarBaseline"]
 
 
 class MarBaseline:
-    """The target alone, set by set; `first` ends after so many AR steps, the rest of the tokens staying zero."""
+    """The target alone, set by set. With `first` it ends after so many AR steps; the other tokens stay zero."""
 
     def __init__(
         self,
@@ -57,8 +57,8 @@ class MarBaseline:
                 z = self._condition(tokens, mask, labels)
                 z = z[predicted if self._scale is None else torch.cat([predicted, predicted])]
             with self.parts.head:
-                image, place = predicted.nonzero(as_tuple=True)
-                normals = noise.chain(image, place, self._sampler.length, size.token_dim)
+                image, position = predicted.nonzero(as_tuple=True)
+                normals = noise.chain(image, position, self._sampler.length, size.token_dim)
                 guidance = None if self._scale is None else float(self._scale[step])
                 tokens[predicted], mean = self._sampler.sample(z, guidance, normals)
             shown[predicted] = mean if self._sampler.emit_mean else tokens[predicted]

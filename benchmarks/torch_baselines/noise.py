@@ -1,4 +1,4 @@
-"""Where baselines take their random numbers from: torch, or the runtime's own draws where tokens are compared."""
+"""Where baselines take their random numbers from: torch, or the runtime's draws where tokens are compared."""
 
 from typing import Protocol
 
@@ -15,11 +15,11 @@ class Noise(Protocol):
     """Random numbers of one batch."""
 
     def order(self, images: int, tokens: int) -> Tensor:
-        """`[B, L]`: the places of each image in the order in which they are predicted."""
+        """`[B, L]` each image's positions in the order in which they are predicted."""
         ...
 
-    def chain(self, image: Tensor, place: Tensor, length: int, dim: int) -> Tensor:
-        """`[R, n + 1, D]` normals of the chains of tokens `place [R]` of images `image [R]`; the first is x_T."""
+    def chain(self, image: Tensor, position: Tensor, length: int, dim: int) -> Tensor:
+        """`[R, n + 1, D]` normals for the chains of the tokens at `position [R]` of `image [R]`; the first is x_T."""
         ...
 
 
@@ -30,11 +30,11 @@ class TorchNoise:
         self._generator = torch.Generator().manual_seed(seed)
 
     def order(self, images: int, tokens: int) -> Tensor:
-        """As in `Noise`."""
+        """A random order for each image."""
         return torch.rand(images, tokens, generator=self._generator).argsort(dim=1)
 
-    def chain(self, image: Tensor, place: Tensor, length: int, dim: int) -> Tensor:  # noqa: ARG002  # the protocol's
-        """As in `Noise`."""
+    def chain(self, image: Tensor, position: Tensor, length: int, dim: int) -> Tensor:  # noqa: ARG002  # the protocol's
+        """Normals of torch's generator: the next ones, whichever the tokens are."""
         return torch.randn(len(image), length + 1, dim, generator=self._generator)
 
 
@@ -45,11 +45,11 @@ class RuntimeNoise:
         self._draws = NoiseSource(seed)
 
     def order(self, images: int, tokens: int) -> Tensor:
-        """As in `Noise`."""
+        """The order that the runtime draws."""
         keys = np.arange(images)
         uniform = self._draws.uniform(keys, np.zeros_like(keys), Purpose.ORDER, tokens)
         return torch.from_numpy(np.argsort(uniform, axis=1, kind="stable"))
 
-    def chain(self, image: Tensor, place: Tensor, length: int, dim: int) -> Tensor:
-        """As in `Noise`."""
-        return torch.from_numpy(self._draws.normal(image.numpy(), place.numpy(), Purpose.CHAIN, length + 1, dim))
+    def chain(self, image: Tensor, position: Tensor, length: int, dim: int) -> Tensor:
+        """The normals that the runtime draws."""
+        return torch.from_numpy(self._draws.normal(image.numpy(), position.numpy(), Purpose.CHAIN, length + 1, dim))

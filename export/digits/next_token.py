@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-from specdec_rt import DecodeOptions, Pipeline
 from specdec_rt.decode.chain import Head
 from specdec_rt.decode.draft import ChainNoise, Proposal
 from specdec_rt.decode.loop import PAPER_TRIES
 from specdec_rt.decode.verify import ResidualDraws, complete_exact, complete_paper, judge_exact, judge_paper
+from torch import Tensor
+
+from specdec_rt import DecodeOptions, Pipeline
 from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import FloatArray
 

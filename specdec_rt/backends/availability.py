@@ -3,24 +3,24 @@
 Nothing is imported before it is asked for; a machine without driver or libraries gets reasons, not exceptions.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
+from specdec_rt.backends.base import BackendName
 from specdec_rt.backends.installed import (
     INSTALL_ONNXRUNTIME_GPU,
     installed_version,
     onnxruntime_problem,
     preload_libraries,
 )
-from specdec_rt.backends.tensorrt import TensorRTModule, probe
+from specdec_rt.backends.nvidia_driver import Driver, Gpu, find_driver
+from specdec_rt.backends.tensorrt_module import TensorRTModule, probe
 from specdec_rt.errors import BackendError, UsageError
 
-__all__ = ["AUTO_ORDER", "Availability", "Driver", "Gpu", "check", "driver", "gpu"]
+__all__ = ["AUTO_ORDER", "Availability", "check"]
 
-AUTO_ORDER = ("tensorrt-rtx", "tensorrt", "cuda", "onnxruntime")
+AUTO_ORDER = tuple(BackendName)
 """All backends, the best first."""
 
 PROVIDER = "CUDAExecutionProvider"
@@ -35,7 +35,7 @@ IDENTITY = bytes.fromhex(
 class Availability:
     """Whether a backend can run here."""
 
-    backend: str
+    backend: BackendName
     usable: bool
     why: str
     """what it runs on; or why it cannot run, and how to mend that"""
@@ -43,135 +43,44 @@ class Availability:
     """of its library; None where that is not installed"""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU, and the driver that runs it."""
+def check(backend: str, driver: Driver | None = None) -> Availability:
+    """Whether `backend` can run here, on the GPU of `driver` (None: the driver is asked).
 
-    name: str
-    compute_capability: str
-    """as in "9.0" """
-    memory_bytes: int
-    driver_version: str
-
-
-@dataclass(frozen=True)
-class Driver:
-    """NVIDIA's driver."""
-
-    version: str
-    cuda: tuple[int, int]
-    """the newest CUDA that it runs, as in (13, 0)"""
-    gpus: tuple[Gpu, ...]
-    """at least one; backends use the first"""
-
-
-def check(backend: str) -> Availability:
-    """Whether `backend` can run here. Raises UsageError for a name that is none."""
+    Raises UsageError where no backend has that name.
+    """
     if backend not in AUTO_ORDER:
         raise UsageError(f"backend is {backend!r}; expected one of {', '.join(AUTO_ORDER)}")
+    name = BackendName(backend)
+    version = installed_version(*_packages(name))
     try:
-        return Availability(backend, True, _CHECKS[backend](), _version(backend))
+        return Availability(name, True, _CHECKS[name](driver), version)
     except BackendError as error:
-        return Availability(backend, False, str(error), _version(backend))
+        return Availability(name, False, str(error), version)
 
 
-def gpu() -> Gpu | None:
-    """The GPU that backends use, the driver's first; None where there is no driver or no device."""
-    try:
-        return driver().gpus[0]
-    except BackendError:
-        return None
+def _packages(backend: BackendName) -> tuple[str, ...]:
+    """Names under which the backend's library is packaged."""
+    match backend:
+        case BackendName.ONNXRUNTIME:
+            return ("onnxruntime", "onnxruntime-gpu")
+        case BackendName.CUDA:
+            return ("onnxruntime-gpu",)
+        case _:  # TensorRT's packages are for one CUDA version, or for the newest
+            return tuple(f"{backend}{suffix}" for suffix in ("-cu13", "-cu12", ""))
 
 
-def driver() -> Driver:
-    """The driver and its GPUs. Makes no context on them. Raises BackendError where there is none, saying why."""
-    try:
-        from cuda.bindings import driver as api
-    except ImportError as error:
-        raise BackendError(
-            f"cuda-bindings, which asks the driver, cannot be imported ({error}): pip install 'specdec-rt[cuda]'"
-        ) from error
-    try:
-        status = api.cuInit(0)[0]
-    except RuntimeError as error:  # what the loader of libcuda raises is a kind of it
-        raise BackendError(
-            "no NVIDIA driver is installed here, or it cannot be seen: install it (nvidia-smi lists the GPUs once it "
-            "works), start a container with its GPUs (docker run --gpus all), or take backend onnxruntime"
-        ) from error
-    if status != api.CUresult.CUDA_SUCCESS:
-        raise BackendError(
-            f"NVIDIA's driver cannot be used ({status.name}): see that nvidia-smi lists a GPU and that "
-            "CUDA_VISIBLE_DEVICES hides none; after an update of the driver restart the machine"
-        )
-    cuda = divmod(_ask(api.cuDriverGetVersion()), 1000)
-    version = _driver_version() or f"CUDA {cuda[0]}.{cuda[1] // 10}"
-    count = _ask(api.cuDeviceGetCount())
-    if count == 0:
-        raise BackendError(
-            "NVIDIA's driver shows no GPU: see that nvidia-smi lists one and that CUDA_VISIBLE_DEVICES hides none"
-        )
-    gpus = tuple(_gpu(api, ordinal, version) for ordinal in range(count))
-    return Driver(version, (cuda[0], cuda[1] // 10), gpus)
+# --- ONNX Runtime ------------------------------------------------------------------------------------
 
 
-def _gpu(api: Any, ordinal: int, driver_version: str) -> Gpu:  # noqa: ANN401  # a module
-    device = _ask(api.cuDeviceGet(ordinal))
-    attributes = api.CUdevice_attribute
-    major, minor = (
-        _ask(api.cuDeviceGetAttribute(attribute, device))
-        for attribute in (
-            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        )
-    )
-    name = _ask(api.cuDeviceGetName(256, device)).split(b"\0")[0].decode()
-    return Gpu(name, f"{major}.{minor}", _ask(api.cuDeviceTotalMem(device)), driver_version)
-
-
-def _ask(answer: tuple[Any, ...]) -> Any:  # noqa: ANN401  # whatever the driver was asked for
-    """The value of a driver call's `(status, value)`."""
-    status, value = answer
-    if int(status) != 0:
-        raise BackendError(f"NVIDIA's driver failed ({status.name}): see what nvidia-smi says")
-    return value
-
-
-def _driver_version() -> str | None:
-    """The driver's own version, which only its management library knows; None where that is missing (Jetson)."""
-    try:
-        from cuda.bindings import nvml
-
-        nvml.init_v2()
-        try:
-            return str(nvml.system_get_driver_version())
-        finally:
-            nvml.shutdown()
-    except Exception:  # not there, too old, or without permission: nothing depends on it
-        return None
-
-
-def _version(backend: str) -> str | None:
-    if backend == "cuda":
-        return installed_version("onnxruntime-gpu")
-    if backend == "onnxruntime":
-        return installed_version("onnxruntime", "onnxruntime-gpu")
-    return installed_version(*_packages(backend))
-
-
-def _packages(backend: str) -> tuple[str, ...]:
-    """Names under which a TensorRT is packaged: the module's for the newest CUDA, or of one CUDA."""
-    return tuple(f"{backend}{suffix}" for suffix in ("-cu13", "-cu12", ""))
-
-
-def _check_onnxruntime() -> str:
-    if "CPUExecutionProvider" not in _onnxruntime().get_available_providers():
+def _check_onnxruntime(driver: Driver | None) -> str:  # noqa: ARG001  # as the others have it
+    if "CPUExecutionProvider" not in _import_onnxruntime().get_available_providers():
         raise BackendError(onnxruntime_problem() or "this build of ONNX Runtime has no CPU provider")
     return "runs on the CPU"
 
 
-def _check_cuda() -> str:
-    found = _device("cuda")
-    onnxruntime = _onnxruntime()
+def _check_cuda(driver: Driver | None) -> str:
+    found = _driver_with_tools(BackendName.CUDA, driver)
+    onnxruntime = _import_onnxruntime()
     if PROVIDER not in onnxruntime.get_available_providers():
         raise BackendError(
             onnxruntime_problem() or f"onnxruntime is installed for the CPU alone: {INSTALL_ONNXRUNTIME_GPU}"
@@ -186,7 +95,7 @@ def _check_cuda() -> str:
     return _runs_on(found.gpus[0])
 
 
-def _onnxruntime() -> Any:  # noqa: ANN401  # a module without types
+def _import_onnxruntime() -> Any:  # noqa: ANN401  # a module without types
     try:
         import onnxruntime
 
@@ -198,7 +107,7 @@ def _onnxruntime() -> Any:  # noqa: ANN401  # a module without types
 
 
 def _provider_loads(onnxruntime: Any) -> bool:  # noqa: ANN401  # a module without types
-    """Whether a session gets the CUDA provider; ONNX Runtime itself only logs that, and goes on on the CPU."""
+    """Whether a session gets the CUDA provider. Where not, ONNX Runtime itself only logs it and uses the CPU."""
     preload_libraries(onnxruntime)
     onnxruntime.set_default_logger_severity(4)
     try:
@@ -207,38 +116,47 @@ def _provider_loads(onnxruntime: Any) -> bool:  # noqa: ANN401  # a module witho
         onnxruntime.set_default_logger_severity(2)  # its default
 
 
-def _check_tensorrt_rtx() -> str:
-    found = _device("tensorrt-rtx")
-    targets = _flavour("tensorrt-rtx", found).capabilities.compute_capabilities
-    device = found.gpus[0]
+# --- TensorRT ----------------------------------------------------------------------------------------
+
+
+def _check_tensorrt_rtx(driver: Driver | None) -> str:
+    found = _driver_with_tools(BackendName.TENSORRT_RTX, driver)
+    tensorrt = _fitting_tensorrt(BackendName.TENSORRT_RTX, found)
+    targets, device = tensorrt.capabilities.compute_capabilities, found.gpus[0]
     if f"SM{device.compute_capability.replace('.', '')}" not in targets:
         raise BackendError(
-            f"TensorRT-RTX {_version('tensorrt-rtx')} makes no engines for compute capability "
-            f"{device.compute_capability} ({device.name}), only for {', '.join(targets)}: take backend tensorrt or cuda"
+            f"{tensorrt.title} makes no engines for compute capability {device.compute_capability} ({device.name}), "
+            f"only for {', '.join(targets)}: take backend tensorrt or cuda"
         )
     return _runs_on(device)
 
 
-def _check_tensorrt() -> str:
-    found = _device("tensorrt")
-    _flavour("tensorrt", found)
+def _check_tensorrt(driver: Driver | None) -> str:
+    found = _driver_with_tools(BackendName.TENSORRT, driver)
+    _fitting_tensorrt(BackendName.TENSORRT, found)
     return _runs_on(found.gpus[0])
 
 
-def _flavour(backend: str, found: Driver) -> TensorRTModule:
-    flavour = probe(backend)
+def _fitting_tensorrt(backend: BackendName, driver: Driver) -> TensorRTModule:
+    """The backend's module. Raises BackendError where it is missing or too new for the driver."""
+    tensorrt = probe(backend)
     for major in (13, 12):
         if installed_version(f"{backend}-cu{major}") is not None:
-            _require_cuda(found, major, flavour.title)
+            _require_cuda(driver, major, tensorrt.title)
             break
-    return flavour
+    return tensorrt
 
 
-def _device(backend: str) -> Driver:
-    """The driver, for a backend that also needs cuda-core."""
-    found = driver()
-    if "cuda.core" not in sys.modules and find_spec("cuda.core") is None:
-        raise BackendError(f"cuda-core is not installed: pip install 'specdec-rt[{backend}]'")
+# --- what all of a GPU's backends need ---------------------------------------------------------------
+
+
+def _driver_with_tools(backend: BackendName, driver: Driver | None) -> Driver:
+    """The driver, once it is known that cuda-core and the compiler of kernels are there, too."""
+    found = driver or find_driver()
+    try:
+        import cuda.core  # noqa: F401  # only to see whether that works
+    except Exception as error:  # a broken installation fails in many ways
+        raise BackendError(f"cuda-core cannot be imported ({error}): pip install 'specdec-rt[{backend}]'") from error
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
@@ -250,10 +168,10 @@ def _device(backend: str) -> Driver:
     return found
 
 
-def _require_cuda(found: Driver, major: int, library: str) -> None:
-    if found.cuda[0] < major:
+def _require_cuda(driver: Driver, major: int, library: str) -> None:
+    if driver.cuda[0] < major:
         raise BackendError(
-            f"{library} is built for CUDA {major}, driver {found.version} runs CUDA {found.cuda[0]}.{found.cuda[1]} "
+            f"{library} is built for CUDA {major}, driver {driver.version} runs CUDA {driver.cuda[0]}.{driver.cuda[1]} "
             "at most: update the driver"
         )
 
@@ -262,9 +180,9 @@ def _runs_on(device: Gpu) -> str:
     return f"runs on {device.name} (compute capability {device.compute_capability})"
 
 
-_CHECKS: dict[str, Callable[[], str]] = {
-    "tensorrt-rtx": _check_tensorrt_rtx,
-    "tensorrt": _check_tensorrt,
-    "cuda": _check_cuda,
-    "onnxruntime": _check_onnxruntime,
+_CHECKS: dict[BackendName, Callable[[Driver | None], str]] = {
+    BackendName.TENSORRT_RTX: _check_tensorrt_rtx,
+    BackendName.TENSORRT: _check_tensorrt,
+    BackendName.CUDA: _check_cuda,
+    BackendName.ONNXRUNTIME: _check_onnxruntime,
 }

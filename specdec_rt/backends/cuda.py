@@ -1,4 +1,4 @@
-"""Buffers in a GPU's memory with pinned host twins, and the small moves between engines, all on one stream."""
+"""A GPU as a device: pinned arrays with device buffers, and the copies between engines, all on one stream."""
 
 import ctypes
 import math
@@ -8,30 +8,30 @@ from typing import Any
 import numpy as np
 
 from specdec_rt.backends.base import BoundCall
+from specdec_rt.backends.cuda_graph import CapturedStep
 from specdec_rt.backends.device_allocations import DeviceAllocations
-from specdec_rt.backends.graph import Recording
 from specdec_rt.backends.kernels import KERNELS, compile_kernels
 from specdec_rt.errors import BackendError
-from specdec_rt.types import Array, FloatArray
+from specdec_rt.types import Array
 
 __all__ = ["CudaDevice"]
 
 THREADS = 256
+"""of a block"""
 MOST_AXES = 4
 """of a copy between views, as the kernel is written"""
-MOST_TERMS = 4
 KEPT_SHAPES = 1024
 ALIGNMENT = 256
-"""bytes, of what an engine is bound to: what TensorRT asks for"""
+"""bytes: what TensorRT asks of the address of a buffer that an engine is bound to"""
 SCRATCH_BYTES = 2**26
-"""at least; a larger one is made where an engine needs it"""
+"""of the scratch memory that engines share; more where an engine needs it"""
 
 
 class CudaDevice:
-    """As in `base.Device`, on GPU `ordinal`.
+    """GPU `ordinal` as a `Device`.
 
-    Batches are padded to one of `batch_buckets` (ascending), other sizes to a quarter of their limit, half of it
-    or all, so that few shapes are captured. Without `graphs` the same calls run one by one.
+    Few shapes are captured: a batch is padded to one of `batch_buckets` (ascending), other sizes to a quarter, half
+    or all of their limit. Without `graphs` nothing is captured: the same calls run one by one.
     """
 
     def __init__(self, *, batch_buckets: Sequence[int], graphs: bool, ordinal: int = 0) -> None:
@@ -46,23 +46,23 @@ class CudaDevice:
         except Exception as error:  # the driver's errors have types of their own
             raise BackendError(f"GPU {ordinal} cannot be used: {error}; see `specdec-rt doctor`") from error
         self.graphs = graphs
-        self.kept_shapes = KEPT_SHAPES  # padded sizes are few, and a captured step is dear to make
+        self.kept_shapes = KEPT_SHAPES  # bucketed sizes are few, and a captured step is expensive to make
         self._buckets = tuple(batch_buckets)
         self._pinned = core.LegacyPinnedMemoryResource()
-        self._twins = DeviceAllocations()
+        self._allocations = DeviceAllocations()
         self._dropped: list[Any] = []
-        """buffers that nobody holds any more, to be given back when no work is outstanding"""
+        """buffers of arrays that are gone, to be freed when no work is outstanding"""
         self._scratch: list[Any] = []
         self._kernels = compile_kernels(core, self._device.arch)
 
     def activate(self) -> None:
-        """As in `base.Device`."""
+        """Make the device current in this thread."""
         self._device.set_current()
 
     # --- memory ---------------------------------------------------------------------------------------
 
     def zeros(self, shape: tuple[int, ...], dtype: type[np.generic], *, staged: bool = True) -> Array:
-        """As in `base.Device`."""
+        """An array of zeros in pinned memory (only with `staged`) and its device buffer, zeros too."""
         size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
         memory = self._allocate(size)
         memory.fill(0, stream=self.stream)
@@ -73,16 +73,16 @@ class CudaDevice:
             array = np.ndarray(shape, dtype, buffer=memoryview((ctypes.c_char * size).from_address(int(pinned.handle))))
             array[...] = 0
 
-        # The collector may drop an array at any time, in the midst of a capture too.
+        # An array may go at any time, also during a capture, which forbids freeing memory.
         dropped = self._dropped
         buffers = [memory] if pinned is None else [memory, pinned]
-        self._twins.add(array, int(memory.handle), lambda: dropped.extend(buffers))
+        self._allocations.add(array, int(memory.handle), lambda: dropped.extend(buffers))
         return array
 
     def scratch(self, size: int) -> int:
-        """The address of so many bytes that all engines share, one after the other."""
+        """The address of so many bytes of scratch memory, which all engines use one after the other."""
         if not self._scratch or self._scratch[-1].size < size:
-            # Recordings may hold the smaller ones.
+            # The smaller ones stay: captured steps may use them.
             self._scratch.append(self._allocate(max(size, SCRATCH_BYTES)))
         return int(self._scratch[-1].handle)
 
@@ -96,21 +96,21 @@ class CudaDevice:
             ) from error
 
     def address(self, array: Array) -> int:
-        """The device address of an array's twin. Raises BackendError where it has none, or has gaps."""
+        """The address of an array's device buffer. Raises BackendError where there is none, or it has gaps."""
         if not array.flags.c_contiguous:
             raise BackendError(f"an array {array.dtype} {array.shape} has gaps; an engine takes contiguous buffers")
-        address = self._twins.address(array)
-        assert address % ALIGNMENT == 0 or not array.size, "a part of an array that is not pitched"
+        address = self._allocations.address(array)
+        assert address % ALIGNMENT == 0 or not array.size, "a part of an array that `aligned` did not make"
         return address
 
     def upload(self, *arrays: Array) -> BoundCall:
-        """As in `base.Device`."""
-        moves = [(self._twins.address(array), array.ctypes.data, _extent(array)) for array in arrays]
+        """Copies arrays to their device buffers."""
+        moves = [(self._allocations.address(array), array.ctypes.data, _extent(array)) for array in arrays]
         return self._memory_copies(moves, arrays)
 
     def download(self, *arrays: Array) -> BoundCall:
-        """As in `base.Device`."""
-        moves = [(array.ctypes.data, self._twins.address(array), _extent(array)) for array in arrays]
+        """Copies device buffers to their arrays."""
+        moves = [(array.ctypes.data, self._allocations.address(array), _extent(array)) for array in arrays]
         return self._memory_copies(moves, arrays)
 
     def _memory_copies(self, moves: list[tuple[int, int, int]], kept: tuple[Array, ...]) -> BoundCall:
@@ -125,17 +125,16 @@ class CudaDevice:
         return call
 
     def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
-        """As in `base.Device`; the gaps belong to nobody, and are moved along."""
+        """An array of zeros whose entries begin at multiples of `ALIGNMENT`; copies move the gaps along with them."""
         length, *inner = shape
-        values = math.prod(inner)
-        pitch = -(-values * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT // np.dtype(dtype).itemsize
-        rows = self.zeros((length, pitch), dtype)[:, :values]
+        values, unit = math.prod(inner), ALIGNMENT // np.dtype(dtype).itemsize
+        rows = self.zeros((length, -(-values // unit) * unit), dtype)[:, :values]
         return rows.reshape(shape)
 
     # --- kernels --------------------------------------------------------------------------------------
 
     def copy(self, destination: Array, source: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """Copies a device buffer to another, broadcast to its shape."""
         source = np.broadcast_to(source, destination.shape)
         if destination.ndim > MOST_AXES:
             raise BackendError(f"a copy of {destination.ndim} axes; at most {MOST_AXES} are supported")
@@ -152,58 +151,34 @@ class CudaDevice:
         )
 
     def gather(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """`destination = source[index]`, by rows."""
         width = np.int64(source.shape[1])
         return self._launch("gather_rows", destination.size, (destination, source, index), [width])
 
     def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """`destination[index] = source`, by rows."""
         width = np.int64(source.shape[1])
         return self._launch("scatter_rows", source.size, (destination, source, index), [width])
 
-    def recur(
-        self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
-    ) -> BoundCall:
-        """As in `base.Device`: two launches a step."""
-        calls = []
-        for each, (of_state, of_first, of_second, std) in enumerate(factors.tolist()):
-            terms = [(of_state, path[each]), (of_first, held[0]), (of_second, held[1])]
-            calls.append(self._combine(mean[each], terms))
-            calls.append(self._combine(path[each + 1], [(1.0, mean[each]), (std, noise[each])]))
-
-        def call() -> None:
-            for each in calls:
-                each()
-
-        return call
-
-    def recur_rows(
+    def linear_recurrence(
         self,
         path: Array,
         mean: Array,
-        noise: Array,
-        state: Array,
-        made: tuple[Array, Array],
+        normals: Array,
+        evaluated: tuple[Array, Array, Array],
         window: tuple[Array, Array],
-        factors: Array,
+        coefficients: Array,
     ) -> BoundCall:
-        """As in `base.Device`: one launch, a thread for each value of a state."""
-        arrays = (path, mean, noise, state, *made, *window, factors)
-        return self._launch("recur_rows", state.size, arrays, [np.int64(size) for size in mean.shape[:0:-1]])
-
-    def _combine(self, destination: Array, terms: Sequence[tuple[float, Array]]) -> BoundCall:
-        """`destination = Σ factor · array` over at most four terms, added up in float64; all contiguous."""
-        assert 1 <= len(terms) <= MOST_TERMS
-        padded = [*terms, *[(0.0, terms[0][1])] * (MOST_TERMS - len(terms))]
-        arrays = (destination, *(array for _, array in padded))
-        return self._launch("combine", destination.size, arrays, [np.float64(factor) for factor, _ in padded])
+        """Transitions on a held x̂₀: one launch, a thread for each value of a state."""
+        arrays = (path, mean, normals, *evaluated, *window, coefficients)
+        return self._launch("linear_recurrence", evaluated[0].size, arrays, [np.int64(n) for n in mean.shape[1:]])
 
     def _launch(self, name: str, count: int, arrays: tuple[Array, ...], numbers: list[Any]) -> BoundCall:
-        """Kernel `name` over `count` values: the addresses of `arrays`, the count, then `numbers`."""
+        """Kernel `name` over `count` values; its arguments are the addresses of `arrays`, the count, `numbers`."""
         assert name in KERNELS
         config = self._core.LaunchConfig(grid=max(-(-count // THREADS), 1), block=THREADS)
         kernel, stream, launch = self._kernels[name], self.stream, self._core.launch
-        arguments = [*(np.uint64(self._twins.address(array)) for array in arrays), np.int64(count), *numbers]
+        arguments = [*(np.uint64(self._allocations.address(array)) for array in arrays), np.int64(count), *numbers]
 
         def call() -> None:
             assert arrays is not None  # as above
@@ -214,11 +189,11 @@ class CudaDevice:
     # --- steps ----------------------------------------------------------------------------------------
 
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:
-        """As in `base.Device`."""
-        return Recording(self.stream, calls, capture=self.graphs)
+        """All calls as one, which is captured as a CUDA graph if the device has `graphs`."""
+        return CapturedStep(self.stream, calls, capture=self.graphs)
 
     def wait(self) -> None:
-        """As in `base.Device`."""
+        """Return when everything queued is done, and free the buffers of arrays that are gone."""
         try:
             self.stream.sync()
         except Exception as error:  # the driver's errors have a type of their own
@@ -227,11 +202,11 @@ class CudaDevice:
             self._dropped.pop().close()
 
     def batch_bucket(self, images: int) -> int:
-        """The smallest bucket that holds so many; itself beyond the largest."""
+        """The smallest batch bucket that fits `images`; `images` itself beyond the largest."""
         return next((bucket for bucket in self._buckets if bucket >= images), images)
 
     def bucketed(self, count: int, limit: int) -> int:
-        """A quarter of `limit`, half of it or all: few sizes are captured, and at most half the work is wasted."""
+        """A quarter, half or all of `limit`, the least that fits `count`: so few sizes are captured."""
         return next(size for size in (-(-limit // 4), -(-limit // 2), limit) if size >= count)
 
     def _check(self, answer: tuple[Any, ...], what: str) -> None:
@@ -240,9 +215,11 @@ class CudaDevice:
 
 
 def _extent(array: Array) -> int:
-    """Bytes from an array's first value to its last, those in the gaps of a pitched one among them."""
+    """Bytes from an array's first value to its last, with the gaps between the entries of an `aligned` one."""
     if array.flags.c_contiguous:
         return int(array.nbytes)
     if not array[0].flags.c_contiguous or array.strides[0] % ALIGNMENT:
-        raise BackendError(f"an array {array.dtype} {array.shape} has gaps; only whole or pitched ones can be moved")
+        raise BackendError(
+            f"an array {array.dtype} {array.shape} has gaps; only contiguous arrays and those of aligned() can be moved"
+        )
     return int((array.shape[0] - 1) * array.strides[0] + array[0].nbytes)

@@ -1,4 +1,4 @@
-"""Which device memory stands behind an array of host memory."""
+"""Which device buffer belongs to an array in host memory."""
 
 import weakref
 from bisect import bisect_right, insort
@@ -11,7 +11,7 @@ __all__ = ["DeviceAllocations"]
 
 
 class DeviceAllocations:
-    """Arrays and the addresses of their twins; a view's twin lies where the view lies in its array."""
+    """Arrays and the addresses of their device buffers. A view lies in the buffer where it lies in its array."""
 
     def __init__(self) -> None:
         self._begins: list[int] = []
@@ -19,7 +19,7 @@ class DeviceAllocations:
         """host address → bytes, device address"""
 
     def add(self, array: Array, address: int, release: Callable[[], None]) -> None:
-        """Take in a whole, contiguous array; `release` is called once nobody holds it or a view of it."""
+        """Register a whole, contiguous array; `release` is called once nothing holds it or a view of it."""
         begin = array.ctypes.data
         insort(self._begins, begin)
         self._entries[begin] = (array.nbytes, address)
@@ -29,10 +29,10 @@ class DeviceAllocations:
             del self._entries[begin]
             release()
 
-        weakref.finalize(array, forget).atexit = False  # at exit the driver gives all back by itself
+        weakref.finalize(array, forget).atexit = False  # when the process ends, the driver frees all by itself
 
     def address(self, view: Array) -> int:
-        """The device address of a view's first value. Raises BackendError where it is no part of a known array."""
+        """The device address of a view's first value. Raises BackendError for a view of an unknown array."""
         at = view.ctypes.data
         index = bisect_right(self._begins, at) - 1
         if index >= 0:

@@ -1,4 +1,4 @@
-"""Buffers in host memory: an array is its own twin, calls run at once."""
+"""Buffers in host memory: an array is its own device buffer, and calls run at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,15 @@ __all__ = ["HostDevice"]
 
 
 def _nothing() -> None:
-    """What moving an array to where it is takes."""
+    """The copy of an array to its device buffer, which is the array itself."""
 
 
 @dataclass(frozen=True)
 class HostDevice:
-    """As in `base.Device`; shapes are never padded, and so there are many of them."""
+    """The CPU as a `Device`. Nothing is captured, so sizes are never padded."""
 
     kept_shapes: int = 32
+    """few: without padding there are many shapes, and each is cheap to make"""
 
     def activate(self) -> None:
         """Nothing: host memory is every thread's."""
@@ -30,7 +31,7 @@ class HostDevice:
         return np.zeros(shape, dtype)
 
     def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
-        """An array of zeros: engines take any part of it."""
+        """An array of zeros: engines on the CPU accept any address."""
         return np.zeros(shape, dtype)
 
     def upload(self, *arrays: Array) -> BoundCall:  # noqa: ARG002  # the protocol's
@@ -40,11 +41,11 @@ class HostDevice:
     download = upload
 
     def copy(self, destination: Array, source: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """Copies an array to another, broadcast to its shape."""
         return lambda: np.copyto(destination, source)
 
     def gather(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """`destination = source[index]`, by rows."""
 
         def call() -> None:
             # Any mode but "raise" spares NumPy a buffer: indices are the program's own.
@@ -53,65 +54,44 @@ class HostDevice:
         return call
 
     def scatter(self, destination: Array, source: Array, index: Array) -> BoundCall:
-        """As in `base.Device`."""
+        """`destination[index] = source`, by rows."""
 
         def call() -> None:
             destination[index] = source
 
         return call
 
-    def recur(
-        self, path: Array, mean: Array, noise: Array, held: tuple[Array, Array], factors: FloatArray
-    ) -> BoundCall:
-        """As in `base.Device`: unrolled into one product, of what all of it depends on."""
-        steps, size = len(mean), mean[0].size
-        unrolled = _unrolled(factors)
-        given, made = np.empty((3 + steps, size)), np.empty((2 * steps, size))
-        parts = [(given[0], path[0]), (given[1], held[0]), (given[2], held[1]), (given[3:], noise)]
-        staged = [(part.reshape(source.shape), source) for part, source in parts]
-        means_made, states_made = made[:steps].reshape(mean.shape), made[steps:].reshape(mean.shape)
-        after = path[1:]
-
-        def call() -> None:
-            for part, source in staged:
-                part[...] = source
-            np.matmul(unrolled, given, out=made)
-            mean[...] = means_made
-            after[...] = states_made
-
-        return call
-
-    def recur_rows(
+    def linear_recurrence(
         self,
         path: Array,
         mean: Array,
-        noise: Array,
-        state: Array,
-        made: tuple[Array, Array],
+        normals: Array,
+        evaluated: tuple[Array, Array, Array],
         window: tuple[Array, Array],
-        factors: Array,
+        coefficients: Array,
     ) -> BoundCall:
-        """As in `base.Device`: a product for each window that there is, which rows mostly share."""
-        (next_state, first_mean), (begins, ends) = made, window
-        unrolled = lru_cache(maxsize=256)(lambda at, end: _unrolled(factors[at + 1 : end, :3]))
+        """Transitions on a held x̂₀, unrolled into one product for all rows, or for each row if windows differ."""
+        begins, ends = window
+
+        @lru_cache(maxsize=256)
+        def hold(first: int, last: int, begin: int, end: int) -> BoundCall:
+            rows = slice(first, last)
+            return _hold(
+                [array[rows] for array in (path, mean, normals, *evaluated)], begin, end, coefficients[begin:end]
+            )
 
         def call() -> None:
-            for at, end in dict.fromkeys(zip(begins.tolist(), ends.tolist(), strict=True)):
-                if at >= end:
-                    continue
-                rows = np.flatnonzero((begins == at) & (ends == end))
-                held = factors[at, 3] * path[rows, at] + factors[at, 4] * first_mean[rows]
-                path[rows, at + 1], mean[rows, at] = next_state[rows], first_mean[rows]
-                if end > at + 1:
-                    given = [next_state[rows][None], held[None], noise[rows, at + 1 : end].swapaxes(0, 1)]
-                    after = np.tensordot(unrolled(at, end), np.concatenate(given), axes=1).swapaxes(0, 1)
-                    mean[rows, at + 1 : end], path[rows, at + 2 : end + 1] = np.split(after, 2, axis=1)
-                state[rows] = path[rows, end]
+            windows = list(zip(begins.tolist(), ends.tolist(), strict=True))
+            if len(set(windows)) == 1:
+                hold(0, len(windows), *windows[0])()
+                return
+            for row, (begin, end) in enumerate(windows):
+                hold(row, row + 1, begin, end)()
 
         return call
 
     def record(self, calls: Sequence[BoundCall]) -> BoundCall:
-        """As in `base.Device`: they run one after the other."""
+        """All calls as one: they run one after the other."""
         kept = tuple(call for call in calls if call is not _nothing)
 
         def run() -> None:
@@ -124,25 +104,49 @@ class HostDevice:
         """Nothing is ever outstanding."""
 
     def batch_bucket(self, images: int) -> int:
-        """As many as there are images."""
+        """`images` itself: nothing is captured."""
         return images
 
     def bucketed(self, count: int, limit: int) -> int:  # noqa: ARG002  # the protocol's
-        """The size itself."""
+        """`count` itself: nothing is captured."""
         return count
 
 
-def _unrolled(factors: FloatArray) -> FloatArray:
-    """`[2 H, 1 + C + H]`: the H means of a recurrence, then its H states, as products with what all of it depends on.
+def _hold(arrays: Sequence[Array], begin: int, end: int, coefficients: FloatArray) -> BoundCall:
+    """`linear_recurrence` of rows that share a window; `coefficients [end - begin, 5]` are the window's."""
+    path, mean, normals, before, after, evaluated_mean = arrays
+    if begin >= end:
+        return lambda: np.copyto(after, before)
+    steps = end - begin - 1
+    unrolled = _unrolled(coefficients)
+    given, made = np.empty((3 + steps, *before.shape)), np.empty((2, steps, *before.shape))
+    flat_given, flat_made = given.reshape(3 + steps, before.size), made.reshape(2 * steps, before.size)
+    noise = normals[:, begin + 2 : end + 1].swapaxes(0, 1)
+    held_means, held_states = mean[:, begin + 1 : end].swapaxes(0, 1), path[:, begin + 2 : end + 1].swapaxes(0, 1)
+    first_mean, first_state, last_state = mean[:, begin], path[:, begin + 1], path[:, end]
 
-    That is the first state, C held arrays and the noise of each step; `factors [H, C + 2]` are those of the state, of
-    the held arrays and of the noise.
+    def call() -> None:
+        first_mean[:], first_state[:] = evaluated_mean, after
+        if steps:
+            given[0], given[1], given[2], given[3:] = before, evaluated_mean, after, noise
+            np.matmul(unrolled, flat_given, out=flat_made)
+            held_means[:], held_states[:] = made
+            after[:] = last_state
+
+    return call
+
+
+def _unrolled(coefficients: FloatArray) -> FloatArray:
+    """`[2 steps, 3 + steps]`: means, then states, of so many transitions after an evaluated one, as one product.
+
+    They are linear in the state before the evaluated transition, its mean, the state after it, and the noise of each
+    step; `coefficients [1 + steps, 5]` are those of the evaluated transition and of the others.
     """
-    steps, held = len(factors), factors.shape[1] - 2
-    known = np.eye(1 + held + steps)
-    at, means, states = known[0], [], []
-    for each, of in enumerate(factors):
-        means.append(of[0] * at + of[1:-1] @ known[1 : 1 + held])
-        at = means[-1] + of[-1] * known[1 + held + each]
-        states.append(at)
-    return np.array([*means, *states])
+    given = np.eye(2 + len(coefficients))
+    x0_pred = coefficients[0, 3] * given[0] + coefficients[0, 4] * given[1]
+    state, means, states = given[2], [], []
+    for step, (of_state, of_x0, std, *_) in enumerate(coefficients[1:]):
+        means.append(of_state * state + of_x0 * x0_pred)
+        state = means[-1] + std * given[3 + step]
+        states.append(state)
+    return np.array([*means, *states]).reshape(-1, len(given))

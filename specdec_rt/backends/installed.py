@@ -18,7 +18,7 @@ __all__ = ["INSTALL_ONNXRUNTIME_GPU", "installed_version", "onnxruntime_problem"
 ONNXRUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 INSTALL_ONNXRUNTIME_GPU = "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
 HASHED_BYTES = 1 << 20
-"""Larger files are told apart by their size alone: hashing the libraries would take seconds."""
+"""Of larger files only the size is compared: hashing the libraries would take seconds."""
 
 
 def installed_version(*names: str) -> str | None:
@@ -49,23 +49,33 @@ def onnxruntime_problem(folder: Path | None = None) -> str | None:
         for name in ONNXRUNTIME_PACKAGES
         for distribution in list(metadata.distributions(name=name, path=where))[:1]
     }
-    versions = {name: f"{name} {distribution.version}" for name, distribution in found.items()}
-    counts = {name: _foreign_files(distribution) for name, distribution in found.items()}
     if len({distribution.locate_file("") for distribution in found.values()}) < len(found):
-        overwritten = [f"{foreign} of {versions[name]}'s {total}" for name, (foreign, total) in counts.items()]
-        return (
-            f"{' and '.join(versions.values())} are both installed and overwrite each other's files "
-            f"({', '.join(overwritten)} are not its own): {INSTALL_ONNXRUNTIME_GPU}"
-        )
-    for name, (foreign, total) in counts.items():
+        return _overwritten(found)
+    for name, distribution in found.items():
+        foreign, total = _foreign_files(distribution)
         if foreign:
-            gpu = name == "onnxruntime-gpu"
-            mend = INSTALL_ONNXRUNTIME_GPU if gpu else f"pip install --force-reinstall --no-deps {name}"
-            return (
-                f"{versions[name]} is damaged: {foreign} of its {total} files are missing or altered, as they are "
-                f"once {' or '.join(other for other in ONNXRUNTIME_PACKAGES if other != name)} was uninstalled: {mend}"
-            )
+            return _damaged(name, distribution.version, foreign, total)
     return None
+
+
+def _overwritten(found: dict[str, metadata.Distribution]) -> str:
+    """The problem of two packages in one folder."""
+    versions = [f"{name} {distribution.version}" for name, distribution in found.items()]
+    counts = [_foreign_files(distribution) for distribution in found.values()]
+    lost = [f"{foreign} of {version}'s {total}" for version, (foreign, total) in zip(versions, counts, strict=True)]
+    return (
+        f"{' and '.join(versions)} are both installed and overwrite each other's files "
+        f"({', '.join(lost)} are not its own): {INSTALL_ONNXRUNTIME_GPU}"
+    )
+
+
+def _damaged(name: str, version: str, foreign: int, total: int) -> str:
+    """The problem of a package that has lost files."""
+    mend = f"pip install --force-reinstall --no-deps {name}" if name == "onnxruntime" else INSTALL_ONNXRUNTIME_GPU
+    return (
+        f"{name} {version} is damaged: {foreign} of its {total} files are missing or altered, as they are "
+        f"once {' or '.join(other for other in ONNXRUNTIME_PACKAGES if other != name)} was uninstalled: {mend}"
+    )
 
 
 def _foreign_files(distribution: metadata.Distribution) -> tuple[int, int]:

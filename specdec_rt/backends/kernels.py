@@ -1,4 +1,4 @@
-"""The moves between engines, as CUDA kernels: compiled by NVRTC where they run."""
+"""The CUDA kernels that move data between engines; NVRTC compiles them on the machine where they run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from specdec_rt.errors import BackendError
 
 __all__ = ["KERNELS", "SOURCE", "compile_kernels"]
 
-KERNELS = ("copy_view", "gather_rows", "scatter_rows", "combine", "recur_rows")
+KERNELS = ("copy_view", "gather_rows", "scatter_rows", "linear_recurrence")
 
 SOURCE = r"""
 // Every kernel has one thread per value; `count` of them have work.
@@ -38,35 +38,33 @@ extern "C" __global__ void scatter_rows(float* to, const float* from, const inde
     to[index[i / width] * width + i % width] = from[i];
 }
 
-extern "C" __global__ void combine(float* to, const float* p, const float* q, const float* r, const float* s,
-                                   index_t count, double a, double b, double c, double d) {
+// One value of a row through its window (begins[row], ends[row]) of transitions; five coefficients each.
+extern "C" __global__ void linear_recurrence(float* path, float* mean, const float* normals, const float* before,
+                                             float* after, const float* evaluated_mean, const index_t* begins,
+                                             const index_t* ends, const double* coefficients, index_t count,
+                                             index_t transitions, index_t dim) {
     VALUE(i, count);
-    to[i] = (float)(a * p[i] + b * q[i] + c * r[i] + d * s[i]);
-}
-
-// One value of a row through its window of steps; five factors a step.
-extern "C" __global__ void recur_rows(float* path, float* mean, const float* noise, float* state,
-                                      const float* next_state, const float* first_mean, const index_t* begins,
-                                      const index_t* ends, const double* factors, index_t count, index_t dim,
-                                      index_t length) {
-    VALUE(i, count);
-    const index_t row = i / dim, d = i % dim, at = begins[row], end = ends[row];
-    if (at >= end) return;
-    float* x = path + row * (length + 1) * dim + d;
-    float* m = mean + row * length * dim + d;
-    const float* z = noise + row * length * dim + d;
-    const double held = factors[5 * at + 3] * x[at * dim] + factors[5 * at + 4] * first_mean[i];
-    float value = next_state[i];
-    m[at * dim] = first_mean[i];
-    x[(at + 1) * dim] = value;
-    for (index_t h = at + 1; h < end; ++h) {
-        const double* f = factors + 5 * h;
-        const double around = f[0] * value + f[1] * held;
-        value = (float)(around + f[2] * z[h * dim]);
-        m[h * dim] = (float)around;
-        x[(h + 1) * dim] = value;
+    const index_t row = i / dim, d = i % dim, begin = begins[row], end = ends[row];
+    if (begin >= end) {
+        after[i] = before[i];
+        return;
     }
-    state[i] = value;
+    float* x = path + row * (transitions + 1) * dim + d;
+    float* m = mean + row * transitions * dim + d;
+    const float* z = normals + row * (transitions + 1) * dim + d;
+    const double* c = coefficients + 5 * begin;
+    const double x0_pred = c[3] * before[i] + c[4] * evaluated_mean[i];
+    float state = after[i];
+    m[begin * dim] = evaluated_mean[i];
+    x[(begin + 1) * dim] = state;
+    for (index_t h = begin + 1; h < end; ++h) {
+        c = coefficients + 5 * h;
+        const double around = c[0] * state + c[1] * x0_pred;
+        state = (float)(around + c[2] * z[(h + 1) * dim]);
+        m[h * dim] = (float)around;
+        x[(h + 1) * dim] = state;
+    }
+    after[i] = state;
 }
 """
 

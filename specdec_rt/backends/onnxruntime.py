@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from specdec_rt.backends.base import BoundCall, Limits
+from specdec_rt.backends.base import BackendName, BoundCall, Limits
 from specdec_rt.backends.host import HostDevice
 from specdec_rt.errors import BackendError
 from specdec_rt.manifest import WEIGHTS_KEY
@@ -18,7 +18,7 @@ __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine", "check_buffers", "declared
 
 CACHED_WEIGHTS = 2**19
 """So many weights stay in a core's own cache (2 MiB): calls of such graphs end before a second core could help."""
-LONE_PRODUCTS = 2**23
+SINGLE_THREAD_PRODUCTS = 2**23
 """Multiplications of a call that one core does at least as fast as two; see benchmarks/NOTES.md."""
 
 _DTYPES = {
@@ -28,18 +28,17 @@ _DTYPES = {
 }
 
 Declared = Mapping[str, onnxruntime.NodeArg]
+"""What a graph says of its inputs or outputs, by name."""
 
 
 @dataclass(frozen=True)
 class OnnxRuntimeBackend:
-    """Makes engines that run on `threads` cores (None: all that this process may use).
-
-    `file_of` gives the file to load for a bundle's ONNX file (its precision).
-    """
+    """Makes engines that run on `threads` cores (None: all that this process may use)."""
 
     threads: int | None = None
     file_of: Callable[[Path], Path] = Path
-    name: str = "onnxruntime"
+    """gives the file to load for a bundle's ONNX file: that of the precision to compute in"""
+    name: str = BackendName.ONNXRUNTIME.value
     device: HostDevice = field(default_factory=HostDevice)
     limits: Limits = field(default_factory=Limits)
 
@@ -51,13 +50,14 @@ class OnnxRuntimeBackend:
         weights = int(session.get_modelmeta().custom_metadata_map.get(WEIGHTS_KEY, CACHED_WEIGHTS + 1))
         if threads == 1 or weights > CACHED_WEIGHTS:
             return OnnxRuntimeEngine(path, session)
-        return OnnxRuntimeEngine(path, session, lone=_load(path, 1), lone_rows=LONE_PRODUCTS // max(weights, 1))
+        few_rows = SINGLE_THREAD_PRODUCTS // max(weights, 1)
+        return OnnxRuntimeEngine(path, session, single_thread_session=_load(path, 1), few_rows=few_rows)
 
 
 def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # what it warns of is no news to a user of the bundle
+    options.log_severity_level = 3  # its warnings are of no use to the user of a bundle
     # Every engine has threads of its own, and decoding alternates between engines: threads that went on
     # spinning after their call would fight over the cores with those of the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -68,7 +68,7 @@ def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
 
 
 class OnnxRuntimeEngine:
-    """A session, and for calls of few rows one on a single core; `bind` as in `base.Engine`."""
+    """A session on all cores and, for calls of few rows, one on a single core; an `Engine` of `base`."""
 
     in_place = True
 
@@ -77,22 +77,19 @@ class OnnxRuntimeEngine:
         path: Path,
         session: onnxruntime.InferenceSession,
         *,
-        lone: onnxruntime.InferenceSession | None = None,
-        lone_rows: int = 0,
+        single_thread_session: onnxruntime.InferenceSession | None = None,
+        few_rows: int = 0,
     ) -> None:
-        self._path = path
-        self._session, self._lone, self._lone_rows = session, lone, lone_rows
+        self._path, self._session, self._few_rows = path, session, few_rows
+        self._single_thread_session = single_thread_session
         self._inputs, self._outputs = declared_values(session)
         self.inputs, self.outputs = frozenset(self._inputs), frozenset(self._outputs)
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002  # the protocol's
-        """Fix the buffers of a call. Raises BackendError where one does not fit its binding."""
+        """A call on these buffers. Raises BackendError where one does not fit its binding."""
         check_buffers(self._path, "inputs", self._inputs, inputs)
         check_buffers(self._path, "outputs", self._outputs, outputs)
-        first = outputs[next(iter(self._outputs))]
-        session = self._session
-        if self._lone is not None and first.size // first.shape[-1] <= self._lone_rows:
-            session = self._lone
+        session = self.session_for(outputs)
         binding = session.io_binding()
         # On the CPU an OrtValue shares its array's memory, and only the Python object keeps the array alive.
         arrays = {id(array): array for array in (*inputs.values(), *outputs.values())}
@@ -102,6 +99,13 @@ class OnnxRuntimeEngine:
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, values[id(array)])
         return _OnnxRuntimeCall(self._path, session, binding, tuple(values.values()), tuple(arrays.values()))
+
+    def session_for(self, outputs: Mapping[str, Array]) -> onnxruntime.InferenceSession:
+        """The session that runs a call with these outputs: how many rows there are, the first of them says."""
+        first = outputs[next(iter(self._outputs))]
+        if self._single_thread_session is not None and first.size // first.shape[-1] <= self._few_rows:
+            return self._single_thread_session
+        return self._session
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,7 @@ def declared_values(session: onnxruntime.InferenceSession) -> tuple[Declared, De
 
 
 def check_buffers(path: Path, kind: str, declared: Declared, given: Mapping[str, Array]) -> None:
-    """Raise BackendError where buffers are not those, in name, type and shape, that the graph at `path` declares."""
+    """Raise BackendError where buffers differ in name, type or shape from what the graph at `path` declares."""
     if declared.keys() != given.keys():
         raise BackendError(f"{path} has the {kind} {sorted(declared)}, was bound to {sorted(given)}")
     for name, array in given.items():

@@ -1,60 +1,76 @@
-"""TensorRT's engines at work: contexts made once for each set of sizes, queued on the device's stream."""
+"""TensorRT's engines at work: one execution context for each set of input shapes, queued on the device's stream."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from specdec_rt.backends.base import BoundCall, Limits
 from specdec_rt.backends.cuda import CudaDevice
-from specdec_rt.backends.tensorrt import TensorRTModule, deserialise
+from specdec_rt.backends.tensorrt_module import Opaque, TensorRTModule
 from specdec_rt.errors import BackendError
 from specdec_rt.types import Array
 
-__all__ = ["TensorRtBackend", "TensorRtEngine"]
+__all__ = ["TensorRTBackend", "TensorRTEngine", "load_engine"]
 
 _DTYPES = {"FLOAT": np.dtype(np.float32), "INT64": np.dtype(np.int64), "BOOL": np.dtype(np.bool_)}
 
 Sizes = tuple[tuple[int, ...], ...]
+"""The shape of every input."""
 
 
 @dataclass(frozen=True)
-class TensorRtBackend:
-    """Engines of one flavour; `plan_of` gives the trusted plan for a bundle's ONNX file."""
+class TensorRTBackend:
+    """Runs engines of one TensorRT module on the GPU of `device`."""
 
-    flavour: TensorRTModule
+    tensorrt: TensorRTModule
     device: CudaDevice
     plan_of: Callable[[Path], bytes]
+    """gives the trusted serialised engine for a bundle's ONNX file"""
     limits: Limits
 
     @property
     def name(self) -> str:
-        """The flavour's backend."""
-        return self.flavour.backend
+        """The backend whose module it is."""
+        return self.tensorrt.backend.value
 
-    def load(self, path: Path) -> "TensorRtEngine":
+    def load(self, path: Path) -> "TensorRTEngine":
         """The engine of the graph at `path`. Raises BackendError where TensorRT cannot make or load it."""
-        return TensorRtEngine(self.flavour, self.device, deserialise(self.flavour, self.plan_of(path)), path)
+        return TensorRTEngine(self.tensorrt, self.device, load_engine(self.tensorrt, self.plan_of(path)), path)
 
 
-class TensorRtEngine:
-    """An `ICudaEngine`; as in `base.Engine`."""
+def load_engine(tensorrt: TensorRTModule, plan: bytes) -> Opaque:
+    """The engine (`ICudaEngine`) in `plan`, which this machine must have built itself: see `build.cache`.
+
+    Code for the host inside a plan stays disallowed. Raises BackendError, as on a machine without a driver.
+    """
+    trt: Opaque = tensorrt.module
+    tensorrt.forget_errors()
+    runtime = trt.Runtime(tensorrt.logger)
+    runtime.engine_host_code_allowed = False
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BackendError(f"{tensorrt.title} cannot load an engine: {tensorrt.errors}; see `specdec-rt doctor`")
+    return engine
+
+
+class TensorRTEngine:
+    """An `ICudaEngine`, bound to buffers of `device`; an `Engine` of `base`."""
 
     in_place = False  # nothing promises in which order kernels read an input and write an output
 
-    def __init__(self, flavour: TensorRTModule, device: CudaDevice, engine: Any, path: Path) -> None:  # noqa: ANN401  # ICudaEngine
-        trt: Any = flavour.module
-        self._flavour, self._device, self._engine, self._path = flavour, device, engine, path
+    def __init__(self, tensorrt: TensorRTModule, device: CudaDevice, engine: Opaque, path: Path) -> None:
+        trt: Opaque = tensorrt.module
+        self._tensorrt, self._device, self._engine, self._path = tensorrt, device, engine, path
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._input_names = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self.inputs = frozenset(self._input_names)
         self.outputs = frozenset(names) - self.inputs
-        self._contexts: dict[Sizes, Any] = {}
+        self._contexts: dict[Sizes, Opaque] = {}
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], *, once: bool = False) -> BoundCall:  # noqa: ARG002  # the protocol's
-        """As in `base.Engine`; sizes must lie in the engine's profile."""
+        """A call on these buffers. Raises BackendError where one does not fit, or its size is not in the profile."""
         for kind, declared, given in (("inputs", self.inputs, inputs), ("outputs", self.outputs, outputs)):
             if declared != given.keys():
                 raise BackendError(f"{self._path} has the {kind} {sorted(declared)}, was bound to {sorted(given)}")
@@ -70,7 +86,7 @@ class TensorRtEngine:
             for name, address in addresses:
                 context.set_tensor_address(name, address)
             if not context.execute_async_v3(stream):
-                raise BackendError(f"{self._flavour.title} failed while it ran {self._path}; see the log 'specdec_rt'")
+                raise BackendError(f"{self._tensorrt.title} failed while it ran {self._path}; see the log 'specdec_rt'")
 
         return call
 
@@ -90,16 +106,18 @@ class TensorRtEngine:
                     "build it with a recipe whose batch_buckets, draft_length or profiles reach so far"
                 )
 
-    def _context(self, sizes: Sizes) -> Any:  # noqa: ANN401  # IExecutionContext
-        """One for each set of input shapes, so that no call has to set them again."""
+    def _context(self, sizes: Sizes) -> Opaque:
+        """The execution context for these input shapes. Each set has its own, so no call has to set shapes again."""
         if sizes not in self._contexts:
-            self._contexts[sizes] = self._make_context(sizes)
+            context = self._make_context()
+            self._set_shapes(context, sizes)
+            self._contexts[sizes] = context
         return self._contexts[sizes]
 
-    def _make_context(self, sizes: Sizes) -> Any:  # noqa: ANN401  # IExecutionContext
-        trt: Any = self._flavour.module
+    def _make_context(self) -> Opaque:
+        trt: Opaque = self._tensorrt.module
         managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._flavour.capabilities.runtime_cache:
+        if self._tensorrt.capabilities.runtime_cache:
             runtime_config = self._engine.create_runtime_config()
             runtime_config.set_execution_context_allocation_strategy(managed)
             # A kernel that is specialised later, in the background, would come too late for a captured graph.
@@ -110,13 +128,16 @@ class TensorRtEngine:
             context = self._engine.create_execution_context(managed)
         if context is None:
             raise BackendError(
-                f"{self._flavour.title} cannot make a context for {self._path}; is the GPU's memory full?"
+                f"{self._tensorrt.title} cannot make a context for {self._path}; is the GPU's memory full?"
             )
+        return context
+
+    def _set_shapes(self, context: Opaque, sizes: Sizes) -> None:
+        """Fix a context's input shapes, and give it the scratch memory that they need."""
         for name, shape in zip(self._input_names, sizes, strict=True):
             if not context.set_input_shape(name, shape):
-                raise BackendError(f"{self._flavour.title} refuses shape {shape} for {name} of {self._path}")
+                raise BackendError(f"{self._tensorrt.title} refuses shape {shape} for {name} of {self._path}")
         size = context.update_device_memory_size_for_shapes()
         if size:
             # All engines work one after the other on one stream: they share it.
             context.set_device_memory(self._device.scratch(size), size)
-        return context

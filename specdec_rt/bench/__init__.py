@@ -1,1 +1,1 @@
-"""Where the time goes: requests on a clock, calls by graph, and what that predicts."""
+"""How long requests take, where their time goes, and what that predicts of others."""

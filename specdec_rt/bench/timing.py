@@ -1,4 +1,4 @@
-"""What a request's time goes into: a backend whose calls are timed graph by graph, and requests repeated on a clock."""
+"""Requests repeated on a clock, and where the time of one goes: a backend whose calls are timed graph by graph."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -17,14 +17,15 @@ __all__ = ["CallTimes", "Profile", "TimedBackend", "Times", "profile", "repeat"]
 T = TypeVar("T")
 
 TIMED_BACKENDS = ("onnxruntime",)
-"""Whose calls return when their work is done; the others queue it, and capture it."""
+"""Backends whose calls return when their work is done. Those of the others only queue it."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one request each, oldest first."""
+    """How long requests took."""
 
     seconds: tuple[float, ...]
+    """of each request, the oldest first"""
 
     @property
     def p50(self) -> float:
@@ -38,16 +39,16 @@ class Times:
 
     @property
     def p95(self) -> float:
-        """The 95th percentile, between the two nearest."""
+        """The 95th percentile, interpolated between the two nearest."""
         return float(np.percentile(self.seconds, 95))
 
 
 def repeat(
     request: Callable[[int], object], *, seed: int, warmup: int, samples: int, limit_seconds: float = float("inf")
 ) -> Times:
-    """Time `request(seed)`, `request(seed + 1)`, … after `warmup` others, whose seeds come after those.
+    """Time `request(seed)`, `request(seed + 1)`, …, after `warmup` untimed ones, whose seeds come after those.
 
-    No further request is begun once the timed ones have taken `limit_seconds`; one always is.
+    One request is always timed. No further one begins once they have taken `limit_seconds`.
     """
     for extra in range(warmup):
         request(seed + samples + extra)
@@ -61,49 +62,49 @@ def repeat(
 
 @dataclass
 class CallTimes:
-    """Of one graph."""
+    """Calls of one graph, and what they took together."""
 
     calls: int = 0
     seconds: float = 0.0
 
 
 class TimedBackend:
-    """A backend of `TIMED_BACKENDS`, each call of whose engines is timed; everything else is the backend's own."""
+    """A backend out of `TIMED_BACKENDS` that times each call of its engines. All else is the backend's own."""
 
     def __init__(self, backend: Backend) -> None:
         assert backend.name in TIMED_BACKENDS
         self._backend = backend
         self.graphs: dict[str, CallTimes] = {}
-        """by the stem of the graph's file, as in "target.backbone" """
+        """by the name of the graph's file, such as "target.backbone" """
 
     @property
     def name(self) -> str:
-        """As in `engine.Backend`."""
+        """The backend's."""
         return self._backend.name
 
     @property
     def device(self) -> Device:
-        """As in `engine.Backend`."""
+        """The backend's."""
         return self._backend.device
 
     @property
     def limits(self) -> Limits:
-        """As in `engine.Backend`."""
+        """The backend's."""
         return self._backend.limits
 
     def load(self, path: Path) -> Engine:
-        """As in `engine.Backend`."""
+        """The backend's engine of a graph, with a clock around its calls."""
         times = self.graphs.setdefault(path.stem, CallTimes())
         return cast("Engine", _TimedEngine(self._backend.load(path), times))
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Set all times to 0."""
         for times in self.graphs.values():
             times.calls, times.seconds = 0, 0.0
 
 
 class _TimedEngine:
-    """An engine whose calls are timed; everything else is its own."""
+    """An engine with a clock around its calls. All else is the engine's own."""
 
     def __init__(self, engine: Engine, times: CallTimes) -> None:
         self._engine, self._times = engine, times
@@ -112,7 +113,7 @@ class _TimedEngine:
         return getattr(self._engine, name)
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], **named: Any) -> BoundCall:  # noqa: ANN401  # passed on
-        """As in `base.Engine`."""
+        """The engine's call, timed."""
         call, times, now = self._engine.bind(inputs, outputs, **named), self._times, time.perf_counter
 
         def timed() -> None:
@@ -130,16 +131,16 @@ class Profile:
 
     seconds: float
     graphs: Mapping[str, CallTimes]
-    """of those that were called"""
+    """only those that were called"""
 
     @property
     def host_seconds(self) -> float:
-        """Everything outside engine calls."""
+        """The time outside engine calls."""
         return self.seconds - sum(times.seconds for times in self.graphs.values())
 
     @property
     def host_share(self) -> float:
-        """Of the whole."""
+        """The share of the time that is spent outside engine calls."""
         return self.host_seconds / self.seconds
 
     def as_dict(self) -> dict[str, object]:
@@ -155,14 +156,14 @@ class Profile:
 def profile(
     pipeline: Pipeline, request: Callable[[Pipeline, int], T], *, seed: int, warmup: int = 1
 ) -> tuple[Profile, T] | None:
-    """`request(pipeline, seed)` on timed engines, after `warmup` others; None where the backend's calls only queue.
+    """Make `request(pipeline, seed)` on timed engines, after `warmup` untimed requests; its profile, and its result.
 
-    Engines are loaded anew: those of `pipeline` stay as they are.
+    None where the backend's calls only queue their work. Engines are loaded anew: those of `pipeline` stay as they are.
     """
     if pipeline.backend.name not in TIMED_BACKENDS:
         return None
     backend = TimedBackend(pipeline.backend)
-    timed = Pipeline(pipeline.bundle, backend)
+    timed = pipeline.with_backend(backend)
     for extra in range(warmup):
         request(timed, seed + 1 + extra)
     backend.clear()

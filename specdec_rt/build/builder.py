@@ -8,65 +8,25 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
-from specdec_rt.backends import availability
-from specdec_rt.backends.availability import Gpu
-from specdec_rt.backends.tensorrt import BuildSettings, TensorRTModule, build_plan, probe
-from specdec_rt.build.cache import EngineCache, EngineRecord, engine_key
-from specdec_rt.build.profile import Profile, graph_profile
-from specdec_rt.build.recipe import Recipe, RecipeGraph
+from specdec_rt.backends.base import BackendName
+from specdec_rt.backends.nvidia_driver import Gpu, find_driver, find_gpu
+from specdec_rt.backends.tensorrt_builder import BuildSettings, SerializedEngine, ShapeProfile, build_engine
+from specdec_rt.backends.tensorrt_module import TensorRTModule, probe
+from specdec_rt.build.bundle_graphs import BundleGraph, bundle_graphs
+from specdec_rt.build.cache import EngineCache
+from specdec_rt.build.engine_record import EngineRecord, engine_key
+from specdec_rt.build.profile import graph_profile
+from specdec_rt.build.recipe import Recipe
 from specdec_rt.bundle import Bundle
 from specdec_rt.errors import UsageError
-from specdec_rt.manifest import Graph, GraphName, Manifest, Model, Precision
+from specdec_rt.manifest import Precision
 
-__all__ = [
-    "TENSORRT_BACKENDS",
-    "BuiltGraph",
-    "EngineBuilder",
-    "GraphSlot",
-    "Reporter",
-    "build_bundle",
-    "graph_slots",
-]
+__all__ = ["BuildProgress", "BuiltGraph", "EngineBuilder", "build_bundle"]
 
-TENSORRT_BACKENDS = ("tensorrt", "tensorrt-rtx")
-"""Those whose graphs are built before they run."""
 WRAPPER_REVISION = 1
 """Raised whenever this release builds another engine of the same recipe."""
 
 _log = logging.getLogger("specdec_rt")
-
-
-@dataclass(frozen=True)
-class GraphSlot:
-    """A graph of a bundle, and where it belongs."""
-
-    owner: str
-    """ "target", a draft's name, or "decoder" """
-    model: Model | None
-    """None for the decoder"""
-    name: GraphName | None
-    graph: Graph
-
-    @property
-    def label(self) -> str:
-        """As in "target.backbone"."""
-        return self.owner if self.name is None else f"{self.owner}.{self.name}"
-
-    @property
-    def recipe_graph(self) -> RecipeGraph:
-        """What recipes call it."""
-        return "decoder" if self.name is None else self.name.value
-
-
-def graph_slots(manifest: Manifest) -> list[GraphSlot]:
-    """Every graph of a bundle: the target's, the drafts', the decoder."""
-    models = {"target": manifest.target, **manifest.drafts}
-    slots = [
-        GraphSlot(owner, model, name, graph) for owner, model in models.items() for name, graph in model.graphs.items()
-    ]
-    if manifest.decoder is not None:
-        slots.append(GraphSlot("decoder", None, None, manifest.decoder.graph))
-    return slots
 
 
 @dataclass(frozen=True)
@@ -82,8 +42,8 @@ class BuiltGraph:
     key: str
 
 
-class Reporter(Protocol):
-    """Who is told how building goes."""
+class BuildProgress(Protocol):
+    """Shows how building goes."""
 
     def waiting(self, graph: str) -> None:
         """Another process builds into the same cache; `graph` comes after it."""
@@ -99,12 +59,14 @@ class Reporter(Protocol):
         """A graph's engine is at hand."""
 
 
-class _Silent:
+class _LoggedProgress:
+    """Logs only that something is built: nobody asked for it, and it takes a while."""
+
     def waiting(self, graph: str) -> None:
         pass
 
     def building(self, graph: str) -> None:
-        _log.warning("building the engine of %s, once: it is kept", graph)  # it takes a while, and nobody asked for it
+        _log.warning("building the engine of %s, once: it is kept", graph)
 
     def step(self, phase: str, done: int, total: int) -> bool:  # noqa: ARG002  # as the protocol has it
         return True
@@ -115,40 +77,44 @@ class _Silent:
 
 @dataclass(frozen=True)
 class EngineBuilder:
-    """A bundle, a recipe, a library, a GPU and a cache: all that decides which engine a graph gets."""
+    """A bundle, a recipe, TensorRT, a GPU and a cache: all that decides which engine a graph gets."""
 
     bundle: Bundle
     recipe: Recipe
     cache: EngineCache
-    flavour: TensorRTModule
+    tensorrt: TensorRTModule
     gpu: Gpu | None
-    """None: without one. TensorRT-RTX builds for GPUs that are not there; such an engine is not taken for one
-    that was built with a GPU, nor the other way round"""
+    """None: no GPU is at hand. TensorRT-RTX builds all the same, but such an engine and one that was built with a
+    GPU never take each other's place"""
 
     @classmethod
     def open(cls, bundle: Bundle, recipe: Recipe, cache: EngineCache) -> "EngineBuilder":
-        """Find the library and the GPU. Raises UsageError for a backend that builds nothing, BackendError."""
-        if recipe.backend not in TENSORRT_BACKENDS:
+        """Find the recipe's TensorRT and the GPU.
+
+        Raises UsageError for a backend that builds nothing, BackendError where TensorRT or a GPU is missing.
+        """
+        if not recipe.backend.builds_engines:
+            able = " or ".join(sorted(name for name in BackendName if name.builds_engines))
             raise UsageError(
-                f"the recipe {recipe.path or ''} is for backend {recipe.backend!r}, which runs the bundle's graphs as "
-                f"they are: there is nothing to build; expected a recipe for {' or '.join(TENSORRT_BACKENDS)}"
+                f"the recipe {recipe.path or ''} is for backend {recipe.backend.value!r}, which runs the bundle's "
+                f"graphs as they are: there is nothing to build; expected a recipe for {able}"
             )
-        flavour = probe(recipe.backend)
-        if not flavour.capabilities.compute_capabilities:
-            return cls(bundle, recipe, cache, flavour, availability.driver().gpus[0])  # it tells why there is none
-        return cls(bundle, recipe, cache, flavour, availability.gpu())
+        tensorrt = probe(recipe.backend)
+        needs_gpu = not tensorrt.capabilities.compute_capabilities
+        gpu = find_driver().gpus[0] if needs_gpu else find_gpu()  # the first raises an error that says what is missing
+        return cls(bundle, recipe, cache, tensorrt, gpu)
 
-    def profiles(self, slot: GraphSlot) -> dict[str, Profile]:
-        """The sizes that the graph's engine is built for, by input. Raises RecipeError."""
-        return graph_profile(self.bundle.manifest, slot.model, slot.name, self.recipe)
+    def profiles(self, graph: BundleGraph) -> dict[str, ShapeProfile]:
+        """The shapes that the graph's engine is built for, by input. Raises RecipeError."""
+        return graph_profile(self.bundle.manifest, graph.model, graph.name, self.recipe)
 
-    def precision(self, slot: GraphSlot) -> Precision:
+    def precision(self, graph: BundleGraph) -> Precision:
         """In which precision the graph's engine computes."""
-        return self.recipe.graph_precision(slot.recipe_graph)
+        return self.recipe.graph_precision(graph.recipe_graph)
 
-    def key_fields(self, slot: GraphSlot) -> dict[str, Any]:
+    def key_fields(self, graph: BundleGraph) -> dict[str, Any]:
         """Everything that decides the graph's engine. Raises BundleError where the precision is missing."""
-        path = self.bundle.path(slot.graph, self.precision(slot))
+        path = self.bundle.path(graph.graph, self.precision(graph))
         content, files = path.read_bytes(), self.bundle.manifest.files
         # The graph names the files that hold its weights; the bundle's hashes were checked when it was loaded.
         weights = {name: digest for name, digest in files.items() if name != path.name and name.encode() in content}
@@ -156,8 +122,8 @@ class EngineBuilder:
             "revision": WRAPPER_REVISION,
             "graph": files[path.name],
             "weights": weights,
-            "recipe": self.recipe.engine_fields(slot.recipe_graph),
-            "profiles": {name: asdict(profile) for name, profile in self.profiles(slot).items()},
+            "recipe": self.recipe.engine_fields(graph.recipe_graph),
+            "profiles": {name: asdict(profile) for name, profile in self.profiles(graph).items()},
             **self._machine,
         }
         return cast("dict[str, Any]", json.loads(json.dumps(fields)))  # as a record will have them
@@ -166,61 +132,48 @@ class EngineBuilder:
     def _machine(self) -> dict[str, Any]:
         gpu = self.gpu
         return {
-            "backend": self.flavour.backend,
-            "library": self.flavour.version,
+            "backend": self.tensorrt.backend,
+            "library": self.tensorrt.version,
             "gpu": None if gpu is None else f"{gpu.name} (compute capability {gpu.compute_capability})",
             "driver": None if gpu is None else gpu.driver_version,
             "platform": f"{platform.system()} {platform.machine()}",
         }
 
-    def engine(self, slot: GraphSlot, reporter: Reporter | None = None) -> tuple[bytes, BuiltGraph]:
+    def engine(self, graph: BundleGraph, progress: BuildProgress | None = None) -> tuple[bytes, BuiltGraph]:
         """The graph's plan, from the cache or built now, and how that went.
 
         Raises BackendError where it cannot be built, BundleError, RecipeError, OutputError.
         """
-        reporter = reporter or _Silent()
+        progress = progress or _LoggedProgress()
         started = time.monotonic()
-        fields = self.key_fields(slot)
+        fields = self.key_fields(graph)
         key = engine_key(fields)
         plan = self.cache.read(key)
         cached = plan is not None
         if plan is None:
-            with self.cache.building(lambda: reporter.waiting(slot.label)):
+            with self.cache.building(lambda: progress.waiting(graph.label)):
                 plan = self.cache.read(key)  # another process may have built it meanwhile
                 cached = plan is not None
                 if plan is None:
-                    self._tell_mismatch(slot, fields)
-                    reporter.building(slot.label)
-                    plan = self._build(slot, key, fields, reporter)
-        built = BuiltGraph(slot.label, self.precision(slot), cached, time.monotonic() - started, len(plan), key)
-        reporter.finished(built)
+                    self._warn_of_mismatch(graph, fields)
+                    progress.building(graph.label)
+                    plan = self._build_and_store(graph, key, fields, progress)
+        built = BuiltGraph(graph.label, self.precision(graph), cached, time.monotonic() - started, len(plan), key)
+        progress.finished(built)
         return plan, built
 
-    def _build(self, slot: GraphSlot, key: str, fields: dict[str, Any], reporter: Reporter) -> bytes:
-        recipe, started = self.recipe, time.monotonic()
-        profiles = self.profiles(slot)
-        timed = self.flavour.capabilities.timing_cache and recipe.timing_cache
-        timing_key = engine_key(self._machine)
-        settings = BuildSettings(
-            builder_level=recipe.builder_level,
-            workspace_bytes=recipe.workspace_mib * 2**20,
-            compute_capabilities=recipe.compute_capabilities,
-            timing_cache=self.cache.read_timing(timing_key) if timed else None,
-            user_allocation=recipe.cuda_graphs,
-        )
-        path = self.bundle.path(slot.graph, self.precision(slot))
-        made = build_plan(self.flavour, path, profiles, settings=settings, progress=reporter.step)
-        if made.timing_cache is not None:
-            self.cache.store_timing(timing_key, made.timing_cache)
+    def _build_and_store(self, graph: BundleGraph, key: str, fields: dict[str, Any], progress: BuildProgress) -> bytes:
+        started, profiles = time.monotonic(), self.profiles(graph)
+        made = self._build(graph, profiles, progress)
         record = EngineRecord(
             bundle=self.bundle.manifest.name,
-            graph=slot.label,
-            precision=self.precision(slot),
-            backend=self.flavour.backend,
-            library=self.flavour.version,
+            graph=graph.label,
+            precision=self.precision(graph),
+            backend=self.tensorrt.backend.value,
+            library=self.tensorrt.version,
             gpu=fields["gpu"],
-            inputs=slot.graph.inputs,
-            outputs=slot.graph.outputs,
+            inputs=graph.graph.inputs,
+            outputs=graph.graph.outputs,
             profiles=profiles,
             fields=fields,
             build_seconds=round(time.monotonic() - started, 3),
@@ -228,24 +181,42 @@ class EngineBuilder:
         self.cache.store(key, made.plan, record)
         return made.plan
 
-    def _tell_mismatch(self, slot: GraphSlot, fields: Mapping[str, Any]) -> None:
-        """Warn where only the machine or its libraries stand between the graph and an engine in the cache."""
+    def _build(
+        self, graph: BundleGraph, profiles: Mapping[str, ShapeProfile], progress: BuildProgress
+    ) -> SerializedEngine:
+        recipe, timing_key = self.recipe, engine_key(self._machine)
+        timed = self.tensorrt.capabilities.timing_cache and recipe.timing_cache
+        settings = BuildSettings(
+            builder_level=recipe.builder_level,
+            workspace_bytes=recipe.workspace_mib * 2**20,
+            compute_capabilities=recipe.compute_capabilities,
+            timing_cache=self.cache.read_timing(timing_key) if timed else None,
+            user_allocation=recipe.cuda_graphs,
+        )
+        path = self.bundle.path(graph.graph, self.precision(graph))
+        made = build_engine(self.tensorrt, path, profiles, settings=settings, progress=progress.step)
+        if made.timing_cache is not None:
+            self.cache.store_timing(timing_key, made.timing_cache)
+        return made
+
+    def _warn_of_mismatch(self, graph: BundleGraph, fields: Mapping[str, Any]) -> None:
+        """Warn where an engine in the cache differs in nothing but the machine or its libraries."""
         own = set(self._machine)
         for entry in self.cache.entries():
             other = entry.record.fields
             changed = [name for name in fields if other.get(name) != fields[name]]
             if changed and own.issuperset(changed):
                 what = ", ".join(f"{name} {other[name] or 'none'}, here {fields[name] or 'none'}" for name in changed)
-                _log.warning("%s: the engine in the cache is for %s; it is built anew", slot.label, what)
+                _log.warning("%s: the engine in the cache is for %s; it is built anew", graph.label, what)
                 return
 
 
 def build_bundle(
-    bundle: Bundle, recipe: Recipe, cache: EngineCache, *, reporter: Reporter | None = None
+    bundle: Bundle, recipe: Recipe, cache: EngineCache, *, progress: BuildProgress | None = None
 ) -> list[BuiltGraph]:
     """Have every graph's engine in the cache. What was built before an error or an interrupt stays there."""
-    workshop = EngineBuilder.open(bundle, recipe, cache)
-    slots = graph_slots(bundle.manifest)
-    for slot in slots:  # what is wrong with the recipe or the bundle shows before anything is built
-        workshop.key_fields(slot)
-    return [workshop.engine(slot, reporter)[1] for slot in slots]
+    builder = EngineBuilder.open(bundle, recipe, cache)
+    graphs = bundle_graphs(bundle.manifest)
+    for graph in graphs:  # what is wrong with the recipe or the bundle shows before anything is built
+        builder.key_fields(graph)
+    return [builder.engine(graph, progress)[1] for graph in graphs]

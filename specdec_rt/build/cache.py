@@ -1,7 +1,7 @@
 """Engines on disk: found by what they were built from, given out only if this machine's own build put them there.
 
-An entry is two files, `KEY.plan` (the serialised engine) and `KEY.json` (its record: SHA-256, what it was built
-from, this machine's signature). Several processes may share a folder.
+An engine is two files, `KEY.plan` (the serialised engine, which TensorRT calls a plan) and `KEY.json` (its record:
+SHA-256, what it was built from, this machine's signature). Several processes may share a folder.
 """
 
 import hashlib
@@ -9,30 +9,27 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from specdec_rt.build.profile import Profile
+from specdec_rt.build.engine_record import SCHEMA_VERSION, CachedEngine, EngineRecord, canonical_json, engine_key
 from specdec_rt.build.trust import SIGNATURE_BYTES, Signer
 from specdec_rt.errors import OutputError
-from specdec_rt.manifest import Binding, Precision
 
-__all__ = ["EngineCache", "EngineRecord", "Entry", "default_cache_folder", "engine_key"]
+__all__ = ["EngineCache", "default_cache_folder"]
 
-SCHEMA_VERSION = 1
 LIMIT_BYTES = 20 * 2**30
 _OURS = re.compile(r"[0-9a-f]{64}\.(plan|json|timing)|\.[0-9a-f]{64}\.(plan|json|timing)\.part")
 """Names that this module gives; other files in the folder are none of its business."""
 
 FOREIGN = "its record was altered, or is that of another machine or user"
+OTHER_RELEASE = "its record is that of another release"
 
 _log = logging.getLogger("specdec_rt")
 
@@ -42,54 +39,8 @@ def default_cache_folder() -> Path:
     return user_cache_path("specdec-rt") / "engines"
 
 
-def engine_key(fields: Mapping[str, Any]) -> str:
-    """Hexadecimal SHA-256 of everything that decides an engine, as JSON can hold it."""
-    return hashlib.sha256(_canonical(fields)).hexdigest()
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-class EngineRecord(BaseModel):
-    """`KEY.json`: what an engine is and where it comes from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    schema_version: int = SCHEMA_VERSION
-    bundle: str
-    graph: str
-    """as in "target.backbone" """
-    precision: Precision
-    backend: str
-    library: str
-    """the backend's version"""
-    gpu: str | None
-    """the GPU at hand when it was built; None: there was none"""
-    inputs: tuple[Binding, ...]
-    outputs: tuple[Binding, ...]
-    profiles: dict[str, Profile]
-    fields: dict[str, Any]
-    """what the key is made of"""
-    build_seconds: float
-    created: str = ""
-    """UTC, ISO 8601"""
-    plan_bytes: int = 0
-    plan_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An engine in the cache whose record this machine signed."""
-
-    key: str
-    record: EngineRecord
-    path: Path
-    """of the plan"""
-
-
 class EngineCache:
-    """The engines in `folder`; the least recently used go where all of them exceed `limit_bytes`.
+    """The engines in `folder`; the least recently used are removed where all of them exceed `limit_bytes`.
 
     Whatever this machine's build did not record is removed when it is met, with a warning that says why.
     Methods raise OutputError where the folder cannot be used.
@@ -102,33 +53,33 @@ class EngineCache:
         self.limit_bytes = limit_bytes
         self._signer = signer or Signer()
 
-    def lookup(self, key: str) -> Entry | None:
-        """The entry called `key`, if there is one whose record can be trusted. The plan itself is not read."""
+    def lookup(self, key: str) -> CachedEngine | None:
+        """The engine called `key`, if there is one whose record can be trusted. The plan itself is not read."""
         with self._lock():
             return self._trusted(key)
 
     def read(self, key: str) -> bytes | None:
         """The plan called `key`; None where there is none, or none that this machine's build recorded as it is."""
         with self._lock():
-            entry = self._trusted(key)
-            if entry is None:
+            engine = self._trusted(key)
+            if engine is None:
                 return None
-            plan = entry.path.read_bytes()
-            if hashlib.sha256(plan).hexdigest() != entry.record.plan_sha256:
+            plan = engine.path.read_bytes()
+            if hashlib.sha256(plan).hexdigest() != engine.record.plan_sha256:
                 self._refuse(key, "its plan is not the one that was recorded: it is damaged or was altered")
                 return None
-            os.utime(entry.path)  # the time of its last use
+            os.utime(engine.path)  # the time of its last use
             return plan
 
-    def entries(self) -> list[Entry]:
-        """All entries whose records can be trusted, the last used first; others are left as they are."""
+    def entries(self) -> list[CachedEngine]:
+        """All engines whose records can be trusted, the last used first; others are left as they are."""
         if not self.folder.is_dir():
             return []
         with self._lock():
             found = [self._trusted(path.stem, remove=False) for path in self._plans()]
-        return [entry for entry in reversed(found) if entry is not None]
+        return [engine for engine in reversed(found) if engine is not None]
 
-    def store(self, key: str, plan: bytes, record: EngineRecord) -> Entry:
+    def store(self, key: str, plan: bytes, record: EngineRecord) -> CachedEngine:
         """Keep a plan under `key`, in place of an older one; it appears whole or not at all."""
         record = record.model_copy(
             update={
@@ -138,12 +89,12 @@ class EngineCache:
             }
         )
         content = record.model_dump(mode="json")
-        signed = {"record": content, "signature": self._signer.sign(_canonical([key, content])).hex()}
+        signed = {"record": content, "signature": self._signer.sign(canonical_json([key, content])).hex()}
         with self._lock():
             self._write(self._plan(key), plan)
             self._write(self._record(key), json.dumps(signed, indent=1).encode())
             self._evict(keep=key)
-        return Entry(key, record, self._plan(key))
+        return CachedEngine(key, record, self._plan(key))
 
     def clear(self) -> int:
         """Remove all engines and timing caches; returns how many engines there were."""
@@ -188,11 +139,11 @@ class EngineCache:
 
     @contextmanager
     def building(self, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Builds of all processes on this folder come one after the other; `waiting` is told if it takes that.
+        """One build at a time, of all processes that use the folder; `waiting` is called before it waits for another.
 
-        Two that want the same engine build it once, and kernels are timed on a GPU that does nothing else.
+        Two processes that want the same engine build it once, and kernels are timed on a GPU that does nothing else.
         """
-        with self._telling():
+        with self._translate_os_errors():
             lock = FileLock(self.folder / ".build.lock")
             try:
                 lock.acquire(blocking=False)
@@ -206,11 +157,11 @@ class EngineCache:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        with self._telling(), FileLock(self.folder / ".lock"):
+        with self._translate_os_errors(), FileLock(self.folder / ".lock"):
             yield
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _translate_os_errors(self) -> Iterator[None]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             yield
@@ -229,22 +180,22 @@ class EngineCache:
         return self.folder / f"{key}.json"
 
     def _plans(self) -> list[Path]:
-        """The last used last."""
+        """Plans in the order of their last use, the latest last."""
         return sorted(self._files(".plan"), key=lambda path: path.stat().st_mtime_ns)
 
     def _files(self, suffix: str) -> list[Path]:
         """Files that this module wrote, whose names end so."""
         return [path for path in self.folder.glob(f"*{suffix}") if _OURS.fullmatch(path.name)]
 
-    def _trusted(self, key: str, *, remove: bool = True) -> Entry | None:
+    def _trusted(self, key: str, *, remove: bool = True) -> CachedEngine | None:
         plan, path = self._plan(key), self._record(key)
         if not plan.exists() and not path.exists():
             return None
         record, why = self._judge(key, path, plan) if path.exists() else (None, "it has no record")
         if record is not None:
-            return Entry(key, record, plan)
+            return CachedEngine(key, record, plan)
         if remove and why == FOREIGN:
-            # It may be good for whoever holds that secret: a build of our own takes its place, a refusal does not.
+            # It may be good for its owner, who holds another secret: a build here replaces it, a refusal does not.
             _log.warning("the engine %s is not used, %s", plan, why)
         elif remove:
             self._refuse(key, why)
@@ -255,7 +206,7 @@ class EngineCache:
         try:
             found = json.loads(path.read_bytes())
             content, signature = found["record"], bytes.fromhex(found["signature"])
-            signed = _canonical([key, content])
+            signed = canonical_json([key, content])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None, "its record cannot be read"
         if not self._signer.agrees(signed, signature):
@@ -263,15 +214,15 @@ class EngineCache:
         try:
             record = EngineRecord.model_validate_json(json.dumps(content))
         except ValidationError:
-            return None, "its record is that of another release"
+            return None, OTHER_RELEASE
         if record.schema_version != SCHEMA_VERSION or engine_key(record.fields) != key:
-            return None, "its record is that of another release"
+            return None, OTHER_RELEASE
         if not plan.is_file() or plan.stat().st_size != record.plan_bytes:
             return None, "its plan is missing or was cut off"
         return record, ""
 
     def _refuse(self, key: str, why: str) -> None:
-        """Remove an entry that must not be used, and say so."""
+        """Remove an engine that must not be used, and say so."""
         _log.warning("the engine %s is not used, %s; it is removed", self._plan(key), why)
         self._remove(key)
 
@@ -290,7 +241,7 @@ class EngineCache:
                 self._remove(path.stem)
 
     def _write(self, path: Path, content: bytes) -> None:
-        for left in self._files(".part"):  # of a process that was killed: who writes holds the lock
+        for left in self._files(".part"):  # of a process that was killed: no other writes while this one has the lock
             left.unlink(missing_ok=True)
         temporary = path.with_name(f".{path.name}.part")
         try:

@@ -1,56 +1,42 @@
-"""Profiles: the sizes that a graph's engine is built for, derived from what the runtime will ask of it."""
+"""Profiles: the shapes that a graph's engine is built for, derived from the calls that decoding will make."""
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from specdec_rt.ar_schedule import ArSchedule, cosine_schedule, raster_schedule
-from specdec_rt.build.recipe import Recipe, RecipeGraph, ShapeRange
+from specdec_rt.backends.tensorrt_builder import ShapeProfile
+from specdec_rt.build.profile_overrides import SizeRange, overridden_sizes
+from specdec_rt.build.recipe import DECODER, Recipe, RecipeGraph
+from specdec_rt.capacity import BRANCHES, Capacity
 from specdec_rt.chain import compile_chain
 from specdec_rt.manifest import Binding, GraphName, Manifest, Model
 
-__all__ = ["Profile", "graph_profile"]
-
-STATES_PER_CALL = 2**14
-"""`decode.chain`'s: paths are judged so many states, times guidance branches, at a time."""
-MODULATION_VALUES = 2**26
-"""`decode.chain`'s: so much of chains' modulation is made at a time."""
-PIXELS_PER_CALL = 2**19
-"""`pixels`': a decoder is given tokens of so many pixels at a time."""
-BRANCHES = 2
-"""G where guidance is on; without it G is 1, and engines serve both."""
-
-_Range = tuple[int, int, int]
-"""Smallest, tuned for, largest."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Shapes of one input: the smallest, the one that the engine is tuned for, the largest."""
-
-    min: tuple[int, ...]
-    opt: tuple[int, ...]
-    max: tuple[int, ...]
+__all__ = ["graph_profile"]
 
 
 def graph_profile(
-    manifest: Manifest, model: Model | None, graph: GraphName | None, recipe: Recipe
-) -> dict[str, Profile]:
-    """Profiles of those inputs of a graph that have sizes fixed only when it runs.
+    manifest: Manifest,
+    model: Model | None,
+    graph: GraphName | None,
+    recipe: Recipe,
+    capacity: Capacity = Capacity(),
+) -> dict[str, ShapeProfile]:
+    """The profile of every input that has a symbolic size, one that is fixed only when the graph runs.
 
-    `graph` is one of `model`'s; both are None for the bundle's decoder. What the recipe says of an input
-    stands for all inputs of the graph that share its sizes. Raises RecipeError, naming file and line, where
+    `graph` is one of `model`'s; both are None for the bundle's decoder. Where the recipe has a profile of an input,
+    its sizes hold for all inputs of the graph that share them. Raises RecipeError, naming the key, where
     the recipe's profiles do not fit the graph.
     """
+    name: RecipeGraph = DECODER
     if model is None or graph is None:
-        assert manifest.decoder is not None  # whoever asks has the graph
-        inputs, name = manifest.decoder.graph.inputs, "decoder"
-        sizes = _decoder_sizes(manifest, recipe)
+        assert manifest.decoder is not None  # the caller has its graph
+        inputs = manifest.decoder.graph.inputs
+        sizes = _decoder_sizes(manifest, recipe, capacity)
     else:
-        inputs, name = model.graphs[graph].inputs, graph.value
-        sizes = _Call(manifest, model, recipe).sizes(graph)
-    sizes |= _recipe_sizes(recipe, name, inputs, sizes)
+        inputs, name = model.graphs[graph].inputs, graph
+        sizes = _CallSizes(manifest, model, recipe, capacity).of(graph)
+    sizes |= overridden_sizes(recipe, name, inputs, sizes)
     return {
         binding.name: _profile(binding, sizes)
         for binding in inputs
@@ -58,73 +44,72 @@ def graph_profile(
     }
 
 
-def _profile(binding: Binding, sizes: dict[str, _Range]) -> Profile:
-    spans = [sizes[size] if isinstance(size, str) else (size, size, size) for size in binding.shape]
-    smallest, typical, largest = zip(*spans, strict=True)
-    return Profile(smallest, typical, largest)
+def _profile(binding: Binding, sizes: dict[str, SizeRange]) -> ShapeProfile:
+    ranges = [sizes[size] if isinstance(size, str) else (size, size, size) for size in binding.shape]
+    smallest, typical, largest = zip(*ranges, strict=True)
+    return ShapeProfile(smallest, typical, largest)
 
 
-# --- what the runtime asks for -----------------------------------------------------------------------
-
-
-def _decoder_sizes(manifest: Manifest, recipe: Recipe) -> dict[str, _Range]:
+def _decoder_sizes(manifest: Manifest, recipe: Recipe, capacity: Capacity) -> dict[str, SizeRange]:
     assert manifest.image is not None  # the bundle was checked: it has a decoder
     # All images of a request come to the decoder at once, whatever the batch was that made their tokens.
-    most = max(PIXELS_PER_CALL // (manifest.image.height * manifest.image.width), 1)
+    most = capacity.images_per_decode(manifest.image.height * manifest.image.width)
     return {"B": (1, min(recipe.middle_batch, most), most)}
 
 
-class _Call:
+class _CallSizes:
     """Sizes of the calls that decoding makes to one model's graphs.
 
-    A target is mostly asked about a round's AR steps at once, a draft about one after the other.
+    A target's usual call has all AR steps of a round, a draft's has one.
     """
 
-    def __init__(self, manifest: Manifest, model: Model, recipe: Recipe) -> None:
+    def __init__(self, manifest: Manifest, model: Model, recipe: Recipe, capacity: Capacity) -> None:
+        self._capacity = capacity
         self._family = manifest.family
         self._tokens = manifest.tokens
-        self._n = compile_chain(manifest.chain).length
-        self._modulation = model.modulation_width or 0
-        self._middle, self._most = recipe.middle_batch, recipe.largest_batch
+        self._transitions = compile_chain(manifest.chain).length
+        self._width = model.modulation_width or 0
+        self._middle_batch, self._largest_batch = recipe.middle_batch, recipe.largest_batch
         self._drafted = min(recipe.draft_length, self._tokens)
         self._usual_steps = self._drafted if model == manifest.target else 1
-        schedule = _schedule(manifest)
-        self._set = _largest_sum(schedule, 1)
-        self._block = _largest_sum(schedule, self._drafted)
+        schedule = _default_schedule(manifest)
+        self._step_tokens = _most_tokens(schedule, 1)
+        self._round_tokens = _most_tokens(schedule, self._drafted)
 
-    def sizes(self, graph: GraphName) -> dict[str, _Range]:
-        """By symbol."""
-        n = self._n
-        branches = (1, BRANCHES, BRANCHES)
+    def of(self, graph: GraphName) -> dict[str, SizeRange]:
+        """The range of every symbolic size of a graph."""
+        n = self._transitions
         match graph:
             case GraphName.BACKBONE:
                 return self._mar_sizes() if self._family == "mar" else self._causal_sizes()
             case GraphName.TIME_EMBEDDING:
                 return {"n": (1, n, n)}
             case GraphName.MODULATION:
-                # Some steps of all rows of a chain, or one where there are many rows; all steps of some paths.
-                most = max(MODULATION_VALUES // (BRANCHES * self._modulation), self._most_rows, n)
-                usual = min(n * self._middle * self._set, most)
-                return {
-                    "G": branches,
-                    "R": (1, self._usual_rows, self._most_rows),
-                    "P": (1, usual, most),
-                    "n": (n, n, n),
-                }
+                return {**self._chain_sizes(), "P": self._pairs()}
             case GraphName.DENOISE_STEP:
-                # Mostly a chain's rows are those of one AR step; `paper` mode aligns a whole round at once.
-                return {"G": branches, "R": (1, self._usual_rows, self._most_rows), "n": (n, n, n)}
+                return self._chain_sizes()
             case GraphName.PATH_MEANS:
-                # As many as are judged where G is 1.
-                most = min(STATES_PER_CALL // n, MODULATION_VALUES // (BRANCHES * n * self._modulation))
-                most = min(self._most_rows, max(most, 1))
-                rows = (1, min(self._middle * self._block, most), most)
-                # Those of a chain's steps that a draft on the same head has left out, or the last ones of a chain.
-                return {"G": branches, "R": rows, "n": (1, n, n), "n_plus_1": (2, n + 1, n + 1)}
+                most = min(self._most_rows, self._capacity.paths_per_call(1, self._width, n))
+                rows = (1, min(self._middle_batch * self._round_tokens, most), most)
+                # Fewer than all n: the transitions that a draft on the same head skipped, or the last ones of a chain.
+                return {"G": self._branches, "R": rows, "n": (1, n, n), "n_plus_1": (2, n + 1, n + 1)}
 
     @property
-    def _usual_rows(self) -> int:
-        return min(self._middle * self._set, self._most_rows)
+    def _branches(self) -> SizeRange:
+        """G: engines serve requests with guidance and without it."""
+        return (1, BRANCHES, BRANCHES)
+
+    def _chain_sizes(self) -> dict[str, SizeRange]:
+        """Usually a chain's rows are those of one AR step; `paper` mode aligns a whole round at once."""
+        n = self._transitions
+        usual = min(self._middle_batch * self._step_tokens, self._most_rows)
+        return {"G": self._branches, "R": (1, usual, self._most_rows), "n": (n, n, n)}
+
+    def _pairs(self) -> SizeRange:
+        """P: some steps of all rows of a chain, or one step where there are many rows; all steps of some paths."""
+        n = self._transitions
+        most = max(self._capacity.modulation_pairs(self._width), self._most_rows, n)
+        return (1, min(n * self._middle_batch * self._step_tokens, most), most)
 
     @cached_property
     def _most_rows(self) -> int:
@@ -133,118 +118,39 @@ class _Call:
         In MAR's family a request may ask for any number of AR steps; few make the widest calls.
         """
         if self._family == "causal":
-            return self._most * self._drafted
+            return self._largest_batch * self._drafted
         few = range(1, min(4 * self._drafted, self._tokens) + 1)
-        widest = max(min(self._drafted, steps) * _largest_sum(cosine_schedule(self._tokens, steps), 1) for steps in few)
-        return self._most * widest
+        widest = max(min(self._drafted, steps) * _most_tokens(cosine_schedule(self._tokens, steps), 1) for steps in few)
+        return self._largest_batch * widest
 
-    def _causal_sizes(self) -> dict[str, _Range]:
+    def _causal_sizes(self) -> dict[str, SizeRange]:
         # A draft that catches up with a prefill is fed all its tokens; caches have room for a round past the end.
         slots = self._tokens + self._drafted - 1
         return {
-            "B": (1, BRANCHES * self._middle, BRANCHES * self._most),
+            "B": (1, BRANCHES * self._middle_batch, BRANCHES * self._largest_batch),
             "N": (1, self._usual_steps, self._tokens),
             "S": (self._tokens, slots, slots),
         }
 
-    def _mar_sizes(self) -> dict[str, _Range]:
+    def _mar_sizes(self) -> dict[str, SizeRange]:
         # Every AR step of every image is a context of its own.
-        usual, most = self._usual_steps * self._middle, self._drafted * self._most
+        usual, most = self._usual_steps * self._middle_batch, self._drafted * self._largest_batch
         return {
             "B": (1, BRANCHES * usual, BRANCHES * most),
             "K": (1, max(self._tokens // 2, 1), self._tokens),
-            "Q": (1, self._set, self._tokens),
+            "Q": (1, self._step_tokens, self._tokens),
         }
 
 
-def _schedule(manifest: Manifest) -> ArSchedule:
-    """That of a request that says nothing."""
+def _default_schedule(manifest: Manifest) -> ArSchedule:
+    """The AR schedule of a request that asks for none."""
     if manifest.family == "causal":
         return raster_schedule(manifest.tokens)
     return cosine_schedule(manifest.tokens, manifest.defaults.ar_steps)
 
 
-def _largest_sum(schedule: ArSchedule, steps: int) -> int:
+def _most_tokens(schedule: ArSchedule, steps: int) -> int:
     """Most tokens that so many consecutive AR steps make."""
     known = schedule.known
     steps = min(steps, schedule.steps)
     return int(np.max(known[steps:] - known[:-steps]))
-
-
-# --- what the recipe says ----------------------------------------------------------------------------
-
-
-def _recipe_sizes(
-    recipe: Recipe, name: str, inputs: tuple[Binding, ...], derived: dict[str, _Range]
-) -> dict[str, _Range]:
-    """Sizes that the recipe's profiles of the graph give its symbols. Raises RecipeError."""
-    overrides = recipe.profiles.get(_graph_key(name), {})
-    found: dict[str, _Range] = {}
-    owner: dict[str, str] = {}
-    by_name = {binding.name: binding for binding in inputs}
-    for given, shapes in overrides.items():
-        keys = ("profiles", name, given)
-        if given not in by_name:
-            raise recipe.error(keys, f"unknown input {given!r} of {name}; expected one of {', '.join(by_name)}")
-        for size, span in _spans(recipe, keys, by_name[given], shapes):
-            if isinstance(size, int):
-                _check_fixed(recipe, keys, size, size, span)
-                continue
-            if found.setdefault(size, span) != span:
-                raise recipe.error(
-                    keys,
-                    f"profiles.{name}.{given} gives size {size} as {_shown(span)} (min, opt, max), but {owner[size]} "
-                    f"gives {_shown(found[size])}; expected the same in both: it is enough to name one of them",
-                )
-            owner.setdefault(size, given)
-            _check_symbol(recipe, keys, size, span, derived[size])
-    return found
-
-
-def _graph_key(name: str) -> RecipeGraph:
-    key: RecipeGraph = name  # type: ignore[assignment]  # GraphName's values, and "decoder"
-    return key
-
-
-def _spans(
-    recipe: Recipe, keys: tuple[str, ...], binding: Binding, shapes: ShapeRange
-) -> list[tuple[int | str, _Range]]:
-    """Each dimension of the input with the range that the recipe gives it."""
-    if len(shapes.min) != len(binding.shape):
-        raise recipe.error(
-            keys,
-            f"{'.'.join(keys)} has {len(shapes.min)} sizes; expected {len(binding.shape)}, as the input is "
-            f"{_shown(binding.shape)}",
-        )
-    return list(zip(binding.shape, zip(shapes.min, shapes.opt, shapes.max, strict=True), strict=True))
-
-
-def _check_fixed(recipe: Recipe, keys: tuple[str, ...], size: int | str, fixed: int, span: _Range) -> None:
-    for kind, given in zip(("min", "opt", "max"), span, strict=True):
-        if given != fixed:
-            what = f"a size of {fixed}" if isinstance(size, int) else f"size {size} = {fixed}"
-            raise recipe.error(
-                (*keys, kind), f"{'.'.join(keys)}.{kind} has {given} where the bundle's graph has {what}; put {fixed}"
-            )
-
-
-def _check_symbol(recipe: Recipe, keys: tuple[str, ...], symbol: str, span: _Range, derived: _Range) -> None:
-    """Sizes that no request can change have to stay within reach."""
-    least, _, most = derived
-    if least == most:
-        _check_fixed(recipe, keys, symbol, most, span)
-    # A chain is embedded in one call, but any number of its steps is judged; a cache holds at least the image's tokens.
-    steps = (least, most) if GraphName.PATH_MEANS in keys else (most,)
-    needed = {"n": steps, "n_plus_1": steps, "S": (least,)}.get(symbol, ())
-    for size in needed:
-        if not span[0] <= size <= span[2]:
-            kind = "min" if span[0] > size else "max"
-            raise recipe.error(
-                (*keys, kind),
-                f"{'.'.join(keys)}: size {symbol} runs from {span[0]} to {span[2]}, which leaves out {size}, a size "
-                "that this bundle needs",
-            )
-
-
-def _shown(sizes: tuple[int | str, ...]) -> str:
-    return f"[{', '.join(str(size) for size in sizes)}]"

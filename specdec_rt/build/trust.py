@@ -1,7 +1,7 @@
 """The secret by which this machine knows its own engines: whoever cannot read it cannot forge a record.
 
-Deserialising a foreign plan equals running foreign code, and a cache is a folder like any other: it may be
-copied, unpacked from an archive, or mounted. A hash beside a plan proves nothing, its author can write both.
+Loading a foreign engine means running foreign code, and a cache is a folder like any other: it may be copied,
+unpacked from an archive, or mounted. A hash beside an engine proves nothing: an attacker can write both.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ __all__ = ["Signer", "default_secret_file"]
 SECRET_BYTES = 32
 SIGNATURE_BYTES = hashlib.sha256().digest_size
 OTHERS = 0o077
-"""Permissions of everybody but the owner."""
+"""The permission bits of everybody but the owner."""
 
 _log = logging.getLogger("specdec_rt")
 
@@ -45,7 +45,7 @@ class Signer:
         return hmac.digest(self._secret, content, "sha256")
 
     def agrees(self, content: bytes, signature: bytes) -> bool:
-        """Whether this machine's secret signed `content` so."""
+        """Whether `signature` is this machine's signature of `content`."""
         return hmac.compare_digest(self.sign(content), signature)
 
     def _load(self) -> bytes:

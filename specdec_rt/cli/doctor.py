@@ -1,4 +1,4 @@
-"""What `doctor` tells: what is installed, which backends can run here, and why the others cannot."""
+"""`specdec-rt doctor`: what is installed, which backends can run here, and why the others cannot."""
 
 import platform
 import sys
@@ -6,19 +6,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 import specdec_rt
-from specdec_rt.backends.availability import AUTO_ORDER, check, driver
+from specdec_rt.backends.availability import AUTO_ORDER, check
 from specdec_rt.backends.installed import installed_version, onnxruntime_problem
-from specdec_rt.backends.tensorrt import probe
+from specdec_rt.backends.nvidia_driver import find_driver
+from specdec_rt.backends.tensorrt_module import probe
 from specdec_rt.build.cache import EngineCache
-from specdec_rt.cli.tables import pairs, size_text
+from specdec_rt.cli.options import CacheOption, JsonOption
+from specdec_rt.cli.tables import key_value_table, paragraphs, size_text
+from specdec_rt.cli.terminal import print_result
 from specdec_rt.errors import BackendError, OutputError
 
-__all__ = ["doctor_record", "doctor_report"]
+__all__ = ["PACKAGES", "doctor_command", "doctor_record", "doctor_report"]
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "numpy": ("numpy",),
@@ -30,11 +33,20 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "cuda-bindings": ("cuda-bindings",),
     "polygraphy": ("polygraphy",),
 }
-"""Names under which each is packaged."""
+"""The libraries that matter here, each with the names under which it is packaged."""
+
+
+def doctor_command(*, cache: CacheOption = None, as_json: JsonOption = False) -> None:
+    """Show what is installed, which backends can run here, and why the others cannot."""
+    record = doctor_record(cache)
+    print_result(record, doctor_report(record), as_json=as_json)
+
+
+# --- what is there -------------------------------------------------------------------------------------
 
 
 def doctor_record(cache_folder: Path | None = None) -> dict[str, Any]:
-    """All that is looked at, as plain values for JSON. Nothing of it raises where something is missing.
+    """All that is examined, as plain values for JSON. What is missing is part of the answer and raises nothing.
 
     `cache_folder` is the engine cache's; None: the user's own.
     """
@@ -45,51 +57,19 @@ def doctor_record(cache_folder: Path | None = None) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: installed_version(*names) for name, names in PACKAGES.items()},
         "problems": [problem for problem in (onnxruntime_problem(),) if problem is not None],
-        "driver": _driver(),
+        "driver": _driver_record(),
         "backends": {
             backend: {"usable": one.usable, "why": one.why, "version": one.version} for backend, one in found.items()
         },
         "auto": next((backend for backend, one in found.items() if one.usable), None),
         "capabilities": {backend: _capabilities(backend) for backend in ("tensorrt-rtx", "tensorrt")},
-        "engine_cache": _cache(EngineCache(cache_folder)),
+        "engine_cache": _cache_record(EngineCache(cache_folder)),
     }
 
 
-def doctor_report(record: dict[str, Any]) -> RenderableType:
-    """A `doctor_record` for a terminal."""
-    backends = Table("backend", "runs", "version", "why", title=Text("backends", "bold"), title_justify="left")
-    for backend, one in record["backends"].items():
-        runs = Text("yes", "green") if one["usable"] else Text("no", "red")
-        why = "no driver, see above" if one["why"] == record["driver"]["why_not"] else one["why"]
-        backends.add_row(backend, runs, one["version"] or "-", Text(why))
-    auto = record["auto"]
-    parts: list[RenderableType] = [
-        pairs(
-            f"specdec-rt {record['specdec_rt']}",
-            {
-                "python": record["python"],
-                "platform": record["platform"],
-                **{name: version or "not installed" for name, version in record["packages"].items()},
-            },
-        ),
-        *(Text(f"problem: {problem}", "red") for problem in record["problems"]),
-        _driver_table(record["driver"]),
-        backends,
-        Text("no backend can run" if auto is None else f"backend auto takes {auto}", "bold"),
-    ]
-    for backend, capabilities in record["capabilities"].items():
-        if capabilities is not None:
-            rows = {name.replace("_", " "): _words(value) for name, value in capabilities.items()}
-            parts.append(pairs(f"what {backend} can do", rows))
-    cache = record["engine_cache"]
-    engines = cache["problem"] or f"{cache['engines']}, {size_text(cache['size_bytes'])}"
-    parts.append(pairs("engine cache", {"folder": cache["folder"], "engines": engines}))
-    return Group(*(line for part in parts for line in (part, "")))
-
-
-def _driver() -> dict[str, Any]:
+def _driver_record() -> dict[str, Any]:
     try:
-        found = driver()
+        found = find_driver()
     except BackendError as error:
         return {"version": None, "cuda": None, "why_not": str(error), "gpus": []}
     return {
@@ -100,18 +80,8 @@ def _driver() -> dict[str, Any]:
     }
 
 
-def _driver_table(found: dict[str, Any]) -> Table:
-    if found["why_not"] is not None:
-        return pairs("driver and GPUs", {"none": found["why_not"]})
-    rows = {"driver": f"{found['version']}, runs CUDA up to {found['cuda']}"}
-    for ordinal, one in enumerate(found["gpus"]):
-        memory = f"{one['memory_bytes'] / 2**30:.1f} GiB"
-        rows[f"GPU {ordinal}"] = f"{one['name']}, compute capability {one['compute_capability']}, {memory}"
-    return pairs("driver and GPUs", rows)
-
-
 def _capabilities(backend: str) -> dict[str, Any] | None:
-    """What a TensorRT's own names say that it can do, which takes no GPU; None where it cannot be imported."""
+    """What a TensorRT library can do, which is known without a GPU; None where it cannot be imported."""
     try:
         found = probe(backend)
     except BackendError:
@@ -120,17 +90,77 @@ def _capabilities(backend: str) -> dict[str, Any] | None:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
-def _words(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(value) or "the GPU at hand" if isinstance(value, list) else str(value)
-
-
-def _cache(cache: EngineCache) -> dict[str, Any]:
-    """Engines that this machine's build recorded; others do not count."""
+def _cache_record(cache: EngineCache) -> dict[str, Any]:
+    """The engines that were built and recorded on this machine; others do not count."""
     found: dict[str, Any] = {"folder": str(cache.folder), "engines": 0, "size_bytes": 0, "problem": None}
     try:
         entries = cache.entries()
     except OutputError as error:
         return {**found, "problem": str(error)}
     return {**found, "engines": len(entries), "size_bytes": sum(entry.record.plan_bytes for entry in entries)}
+
+
+# --- how it is shown -----------------------------------------------------------------------------------
+
+
+def doctor_report(record: dict[str, Any]) -> RenderableType:
+    """A `doctor_record` for a reader."""
+    auto = record["auto"]
+    return paragraphs(
+        [
+            _installed_table(record),
+            *(Text(f"problem: {problem}", "red") for problem in record["problems"]),
+            _driver_table(record["driver"]),
+            _backends_table(record["backends"], record["driver"]["why_not"]),
+            Text("no backend can run" if auto is None else f"backend auto takes {auto}", "bold"),
+            *_capability_tables(record["capabilities"]),
+            _cache_table(record["engine_cache"]),
+        ]
+    )
+
+
+def _installed_table(record: dict[str, Any]) -> Table:
+    versions = {name: version or "not installed" for name, version in record["packages"].items()}
+    rows = {"python": record["python"], "platform": record["platform"], **versions}
+    return key_value_table(f"specdec-rt {record['specdec_rt']}", rows)
+
+
+def _driver_table(found: dict[str, Any]) -> Table:
+    if found["why_not"] is not None:
+        return key_value_table("driver and GPUs", {"none": found["why_not"]})
+    rows = {"driver": f"{found['version']}, runs CUDA up to {found['cuda']}"}
+    for ordinal, one in enumerate(found["gpus"]):
+        memory = f"{one['memory_bytes'] / 2**30:.1f} GiB"
+        rows[f"GPU {ordinal}"] = f"{one['name']}, compute capability {one['compute_capability']}, {memory}"
+    return key_value_table("driver and GPUs", rows)
+
+
+def _backends_table(backends: dict[str, Any], no_driver: str | None) -> Table:
+    """`no_driver` is why there is none, which the table of the driver has said already."""
+    table = Table("backend", "runs", "version", "why", title=Text("backends", "bold"), title_justify="left")
+    for backend, one in backends.items():
+        runs = Text("yes", "green") if one["usable"] else Text("no", "red")
+        why = "no driver, see above" if one["why"] == no_driver else one["why"]
+        table.add_row(backend, runs, one["version"] or "-", Text(why))
+    return table
+
+
+def _capability_tables(capabilities: dict[str, Any]) -> list[Table]:
+    return [
+        key_value_table(
+            f"what {backend} can do", {name.replace("_", " "): _value_text(value) for name, value in found.items()}
+        )
+        for backend, found in capabilities.items()
+        if found is not None
+    ]
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) or "those of the GPU at hand" if isinstance(value, list) else str(value)
+
+
+def _cache_table(cache: dict[str, Any]) -> Table:
+    engines = cache["problem"] or f"{cache['engines']}, {size_text(cache['size_bytes'])}"
+    return key_value_table("engine cache", {"folder": cache["folder"], "engines": engines})

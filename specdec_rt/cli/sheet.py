@@ -1,4 +1,4 @@
-"""A sheet: many images on one picture, enlarged where they are small."""
+"""A sheet: many images in one picture, enlarged if they are small."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from specdec_rt.types import Array
 __all__ = ["SheetLayout", "draw_sheet"]
 
 READABLE = 112
-"""Pixels that an image's longer side is enlarged to, in whole factors, where it is smaller."""
+"""Pixels of an image's longer side, up to which a smaller image is enlarged by a whole factor."""
 GAP = 4
 BACKGROUND = 40
 """Dark grey: sets off black digits and photographs alike, on light pages and on dark ones."""
@@ -18,7 +18,7 @@ BACKGROUND = 40
 
 @dataclass(frozen=True)
 class SheetLayout:
-    """Where N images of height H and width W stand: row by row, each `scale` times enlarged."""
+    """The grid of N images of height H and width W: row by row, each enlarged `scale` times."""
 
     rows: int
     columns: int
@@ -30,7 +30,7 @@ class SheetLayout:
 
     @classmethod
     def of(cls, *, labels: int, per_label: int, height: int, width: int) -> "SheetLayout":
-        """A row for each label where there are several of each; else about twice as wide as high."""
+        """One row for each label if each has several images; otherwise a block about twice as wide as high."""
         images = labels * per_label
         columns = per_label if labels > 1 and per_label > 1 else min(images, math.ceil(math.sqrt(2 * images)))
         scale = max(1, READABLE // max(height, width))
@@ -49,7 +49,7 @@ class SheetLayout:
 
 
 def draw_sheet(images: Array, layout: SheetLayout) -> Array:
-    """`images [N, H, W, C]` uint8 on one picture `[layout.size, C]` uint8; enlarging repeats pixels."""
+    """`images [N, H, W, C]` uint8 in one picture `[*layout.size, C]` uint8; enlarging repeats pixels."""
     sheet = np.full((*layout.size, images.shape[3]), BACKGROUND, np.uint8)
     enlarged = images.repeat(layout.scale, axis=1).repeat(layout.scale, axis=2)
     for index, image in enumerate(enlarged):

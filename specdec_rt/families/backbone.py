@@ -1,4 +1,4 @@
-"""What both families are asked: conditions for the rows of a span, from tokens that lie on the device."""
+"""What decoding asks of a backbone, whatever the family: conditions for the rows of a `PositionBatch`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,38 +9,38 @@ from specdec_rt.backends.base import BoundCall, Device, Engine
 from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.types import Array, FloatArray, IntArray
 
-__all__ = ["Ask", "Backbone"]
+__all__ = ["Backbone", "BackboneCall"]
 
 
 @dataclass(frozen=True, eq=False)
-class Ask:
+class BackboneCall:
     """A call of a backbone on static buffers.
 
-    The host stages `inputs`; what it feeds of the tokens is gathered on the device, from a *canvas*
-    `[A, L, D]` of all images' tokens, so that tokens drafted there never pass through the host.
+    The host fills `inputs`. Tokens are gathered on the device, from a *token buffer* `[A, L, D]` that holds all
+    images' tokens, so that tokens drafted there never pass through the host.
     """
 
     inputs: tuple[Array, ...]
-    """everything but the tokens, `token_index` included"""
+    """everything but the tokens; `token_index` is among them"""
     tokens: Array
-    """`[N, W]` rows of the canvas seen as rows of W values"""
+    """`[rows, values]` what is gathered: rows of the token buffer, seen as rows of so many values"""
     token_index: Array
-    """`[N]` which rows"""
+    """`[rows]` which rows of the token buffer"""
     z: Array
-    """`[M, Z]` all conditions that the call gives"""
+    """`[conditions, Z]` all conditions that the call gives"""
     calls: tuple[BoundCall, ...]
-    """the engine's, and what must follow it"""
+    """the engine's call, and what must follow it"""
 
-    def run(self, device: Device, canvas: Array) -> list[BoundCall]:
-        """Gather and call; the inputs have been uploaded."""
-        rows = canvas.reshape(-1, self.tokens.shape[1])
+    def run(self, device: Device, token_buffer: Array) -> list[BoundCall]:
+        """Gather the tokens and call the engine; `inputs` have been uploaded before."""
+        rows = token_buffer.reshape(-1, self.tokens.shape[1])
         return [device.gather(self.tokens, rows, self.token_index), *self.calls]
 
 
 class Backbone(ABC):
     """A backbone on its engine, with what it keeps for the images of one batch.
 
-    Where guidance is on, each image has G = 2 rows in the engine: its label's, and the dropped label's.
+    With guidance each image has G = 2 rows in the engine: one with its label, one with the label dropped.
     """
 
     def __init__(self, device: Device, engine: Engine, z_dim: int, null_label: int, *, branches: int) -> None:
@@ -53,36 +53,38 @@ class Backbone(ABC):
         """`[G, A]`: the images' labels, then (with guidance) the dropped label"""
 
     def begin(self, labels: IntArray) -> None:
-        """Turn to a new batch: the labels of its images `[A]`, none of which has a token yet."""
+        """Turn to the images with `labels [A]`. A slot whose image is new reads nothing that an older image left."""
         self._labels = np.stack([labels, np.full_like(labels, self._null_label)][: self.branches])
 
-    def select(self, images: IntArray) -> None:
-        """Keep only these images of the batch, in this (ascending) order."""
-        self._labels = self._labels[:, images]
+    def keep(self, slots: IntArray) -> None:
+        """Keep only these slots of the batch, in this ascending order."""
+        self._labels = self._labels[:, slots]
 
     @abstractmethod
-    def ask(self, span: PositionBatch, slot: int = 0) -> tuple[Ask, IntArray]:
-        """A call whose inputs are staged for the span, and the rows of its z, `[G, R]`, that are the span's.
+    def prepare(self, positions: PositionBatch, copy: int = 0) -> tuple[BackboneCall, IntArray]:
+        """A call whose inputs are filled for these positions, and the rows `[G, R]` of its `z` that belong to them.
 
-        Calls of one shape share their buffers unless they have different slots.
+        Calls of one shape share their buffers, unless they ask for different copies.
         """
 
     @abstractmethod
-    def catch_up(self, order: IntArray, known: IntArray, steps: int) -> Ask | None:
-        """The staged call that takes in what another model made of A images' first AR steps; None where none is needed.
+    def catch_up(self, order: IntArray, known: IntArray, tokens: FloatArray, steps: int) -> int:
+        """Take in `tokens [A, L, D]` that another model made in the first AR steps; returns the calls it took.
 
-        `order [A, L]` and `known [S + 1]` as in `PositionBatch`.
+        `order [A, L]` and `known [T + 1]` as in `PositionBatch`.
         """
 
-    def condition(self, tokens: FloatArray, span: PositionBatch) -> FloatArray:
-        """Conditions `[G, R, Z]` of the span's rows, one call for itself.
+    def condition(self, tokens: FloatArray, positions: PositionBatch) -> FloatArray:
+        """Conditions `[G, R, Z]` of these positions, in a call of its own.
 
-        `tokens [A, L, D]`: every token of the steps before a row's own stands at its place.
+        In `tokens [A, L, D]` every token of the AR steps before a row's own stands at its position.
         """
         device = self._device
-        canvas = device.zeros(tokens.shape, np.float32)
-        canvas[:] = tokens
-        ask, rows = self.ask(span)
-        device.record([device.upload(canvas, *ask.inputs), *ask.run(device, canvas), device.download(ask.z)])()
+        token_buffer = device.zeros(tokens.shape, np.float32)
+        token_buffer[:] = tokens
+        call, rows = self.prepare(positions)
+        steps = [device.upload(token_buffer, *call.inputs), *call.run(device, token_buffer), device.download(call.z)]
+        for step in steps:
+            step()
         device.wait()
-        return np.asarray(ask.z[rows])
+        return np.asarray(call.z[rows])

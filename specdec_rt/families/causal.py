@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from specdec_rt.backends.base import Device, Engine
-from specdec_rt.families.backbone import Ask, Backbone
+from specdec_rt.families.backbone import Backbone, BackboneCall
 from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.manifest import CacheShape
 from specdec_rt.types import Array, FloatArray, IntArray
@@ -15,7 +15,7 @@ __all__ = ["CausalBackbone"]
 
 
 class CausalBackbone(Backbone):
-    """A backbone with the caches of the images of one batch, `slots` places each.
+    """A backbone with the caches of the images of one batch, with room for `cache_positions` each.
 
     Images' rows stand together in the engine, so a smaller batch is a contiguous part of a larger one.
     """
@@ -29,37 +29,37 @@ class CausalBackbone(Backbone):
         null_label: int,
         *,
         branches: int,
-        slots: int,
+        cache_positions: int,
         tokens: int,
         token_dim: int,
     ) -> None:
         super().__init__(device, engine, z_dim, null_label, branches=branches)
         self._tokens, self._token_dim = tokens, token_dim
-        self._row_shape = (cache.heads, slots, cache.head_dim)
+        self._row_shape = (cache.heads, cache_positions, cache.head_dim)
         self._names = [f"{kind}_{layer}" for layer in range(cache.layers) for kind in ("key", "value")]
         self._caches: dict[str, Array] = {}
         self._updated: dict[str, Array] = {}
-        """where a backend puts updated caches that cannot put them back in place"""
+        """where updated caches go, for a backend that cannot write them in place"""
         self._moved: tuple[Array, Array]
-        """where cache rows come from when some are left out, and one cache's, on their way"""
-        self._ask = lru_cache(maxsize=device.kept_shapes)(self._make_ask)
+        """which cache rows are kept when a batch is compacted, and room for those of one cache on their way"""
+        self._call = lru_cache(maxsize=device.kept_shapes)(self._make_call)
 
     def begin(self, labels: IntArray) -> None:
-        """As in `Backbone`; what is left in the caches is never read: slots after a query's own are masked."""
+        """Turn to the images with `labels [A]`. Old cache entries may stay: what lies after a query is masked."""
         super().begin(labels)
         rows = len(labels) * self.branches
         if not self._caches or len(self._caches[self._names[0]]) < rows:
-            self._ask.cache_clear()
+            self._call.cache_clear()
             zeros, shape = self._device.zeros, (rows, *self._row_shape)
             self._caches = {name: zeros(shape, np.float32, staged=False) for name in self._names}
             if not self._engine.in_place:
                 self._updated = {name: zeros(shape, np.float32, staged=False) for name in self._names}
             self._moved = zeros((rows,), np.int64), zeros((rows, math.prod(self._row_shape)), np.float32, staged=False)
 
-    def select(self, images: IntArray) -> None:
-        """As in `Backbone`."""
-        super().select(images)
-        moved = (images[:, None] * self.branches + np.arange(self.branches)).ravel()
+    def keep(self, slots: IntArray) -> None:
+        """Keep only these slots: the cache rows of their images move to the front."""
+        super().keep(slots)
+        moved = (slots[:, None] * self.branches + np.arange(self.branches)).ravel()
         if (moved == np.arange(len(moved))).all():
             return
         device = self._device
@@ -72,24 +72,26 @@ class CausalBackbone(Backbone):
             device.copy(rows[: len(moved)], kept)()
         device.wait()  # before the index is written again
 
-    def ask(self, span: PositionBatch, slot: int = 0) -> tuple[Ask, IntArray]:
-        """As in `Backbone`; advances the caches over the span's steps."""
-        images, length = len(span.step), span.length
-        ask, position, label = self._ask(images, length, slot)
+    def prepare(self, positions: PositionBatch, copy: int = 0) -> tuple[BackboneCall, IntArray]:
+        """Fill the call for these positions, which will write the keys and values of the tokens that it is fed."""
+        images, length = len(positions.first_step), positions.length
+        call, position, label = self._call(images, length, copy)
         base, branch = _grid(images, self._tokens, self.branches)
-        # Images that are done, or will be, stay at their last place: their rows mean nothing, but must lie inside.
-        first = np.minimum(span.step, self._tokens - 1)  # AR steps are places here
-        place = first[:, None] + np.arange(length)
-        before = np.minimum(np.maximum(place, 1), self._tokens) - 1  # at place 0 any value does: the label stands there
-        rows = base + before
-        ask.token_index.reshape(images, self.branches, length)[:] = rows[:, None]
+        # Images that are finished stay at their last position: their rows mean nothing, but must lie inside.
+        first = np.minimum(positions.first_step, self._tokens - 1)  # an AR step makes one token
+        predicted = first[:, None] + np.arange(length)
+        # A position is predicted from the token before it; the first one from the label, whatever token is fed.
+        rows = base + np.minimum(np.maximum(predicted, 1), self._tokens) - 1
+        call.token_index.reshape(images, self.branches, length)[:] = rows[:, None]
         position.reshape(images, self.branches)[:] = first[:, None]
         label.reshape(images, self.branches)[:] = self._labels.T
-        return ask, (span.owner * self.branches + branch) * length + span.offset
+        return call, (positions.image_index * self.branches + branch) * length + positions.offset
 
-    def catch_up(self, order: IntArray, known: IntArray, steps: int) -> Ask | None:
-        """As in `Backbone`: all but the last token, which the next call feeds."""
-        return self.ask(PositionBatch.of(order, known, np.zeros(len(order), np.int64), steps))[0] if steps else None
+    def catch_up(self, order: IntArray, known: IntArray, tokens: FloatArray, steps: int) -> int:
+        """Fill the caches with all these tokens but the last, which the next call feeds anyway."""
+        if steps:
+            self.condition(tokens, PositionBatch.of(order, known, np.zeros(len(order), np.int64), steps))
+        return int(steps > 0)
 
     def feed(self, tokens: FloatArray, position: IntArray) -> FloatArray:
         """Conditions `[G, A, N, Z]` for N positions of each image, from `position [A]` on; advances the caches.
@@ -97,17 +99,21 @@ class CausalBackbone(Backbone):
         `tokens [A, N, D]` are those *before* each position (at position 0 any value: the label stands there).
         """
         images, length, _ = tokens.shape
-        canvas = np.zeros((images, self._tokens, self._token_dim), np.float32)
-        place = np.maximum(position[:, None] + np.arange(length) - 1, 0)
-        canvas[np.arange(images)[:, None], place] = tokens
+        every = np.zeros((images, self._tokens, self._token_dim), np.float32)
+        every[np.arange(images)[:, None], np.maximum(position[:, None] + np.arange(length) - 1, 0)] = tokens
         order = np.tile(np.arange(self._tokens), (images, 1))
-        span = PositionBatch.of(order, np.arange(self._tokens + 1), position, length)
-        z = self.condition(canvas, span)
+        positions = PositionBatch.of(order, np.arange(self._tokens + 1), position, length)
+        z = self.condition(every, positions)
         whole = np.zeros((self.branches, images, length, self.z_dim), np.float32)
-        whole[:, span.owner, span.offset] = z
+        whole[:, positions.image_index, positions.offset] = z
         return whole
 
-    def _make_ask(self, images: int, length: int, slot: int) -> tuple[Ask, Array, Array]:  # noqa: ARG002  # slot is a key
+    def _make_call(
+        self,
+        images: int,
+        length: int,
+        copy: int,  # noqa: ARG002  # tells buffers of one shape apart
+    ) -> tuple[BackboneCall, Array, Array]:
         device, rows = self._device, images * self.branches
         tokens = device.zeros((rows, length, self._token_dim), np.float32, staged=False)
         position, label = device.zeros((rows,), np.int64), device.zeros((rows,), np.int64)
@@ -117,21 +123,21 @@ class CausalBackbone(Backbone):
         # Where the backend allows it updated caches land where the old ones lie: nothing is copied between calls.
         updated = caches if self._engine.in_place else {name: self._updated[name][:rows] for name in caches}
         outputs = {"z": z, **{f"{name}_out": cache for name, cache in updated.items()}}
-        call = self._engine.bind({"tokens": tokens, "position": position, "label": label, **caches}, outputs)
+        run = self._engine.bind({"tokens": tokens, "position": position, "label": label, **caches}, outputs)
         copies = () if updated is caches else tuple(device.copy(caches[name], updated[name]) for name in caches)
-        ask = Ask(
+        call = BackboneCall(
             inputs=(position, label, token_index),
             tokens=tokens.reshape(rows * length, -1),
             token_index=token_index,
             z=z.reshape(rows * length, -1),
-            calls=(call, *copies),
+            calls=(run, *copies),
         )
-        return ask, position, label
+        return call, position, label
 
 
 @lru_cache(maxsize=64)
 def _grid(images: int, tokens: int, branches: int) -> tuple[IntArray, IntArray]:
-    """Where each image begins on the canvas `[A, 1]`, and the branches `[G, 1]`; neither is ever written to."""
+    """Each image's first row in the token buffer `[A, 1]`, and the branches `[G, 1]`. Neither is ever written to."""
     base, branch = np.arange(images)[:, None] * tokens, np.arange(branches)[:, None]
     base.flags.writeable = branch.flags.writeable = False
     return base, branch

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from specdec_rt.decode.loop import Decoder
+from specdec_rt.decode.round_costs import RoundCosts
 from toy import DIM, IMAGE_CHAIN, TableNoise, toy_session
 from twosample import sliced_p_value
 
 from specdec_rt.decode import pace as shipped
-from specdec_rt.decode.loop import Decoder
-from specdec_rt.decode.round_costs import RoundCosts
 from specdec_rt.decode.stats import Counters
 from specdec_rt.noise import Purpose
 

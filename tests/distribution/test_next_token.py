@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from specdec_rt.decode.draft import ChainNoise, Proposal
+from specdec_rt.decode.verify import ResidualDraws, complete_exact, judge_exact
 from twosample import grouped_sliced_p_value
 
 from specdec_rt import DecodeOptions, load
-from specdec_rt.decode.draft import ChainNoise, Proposal
-from specdec_rt.decode.verify import ResidualDraws, complete_exact, judge_exact
 from specdec_rt.families.position_batch import PositionBatch
 
 SIZES = {"fast, the bundle's guidance": (8, 500, None), "full, no guidance": (64, 2000, 1.0)}

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from specdec_rt.decode.loop import Decoder
 from toy import DIM, TableNoise, self_session
 from twosample import sliced_p_value
 
 from specdec_rt.acceptance import BlockVerdict
 from specdec_rt.chain import ChainSpec, compile_chain
 from specdec_rt.decode import redraft, verify
-from specdec_rt.decode.loop import Decoder
 from specdec_rt.decode.stats import Counters
 
 IMAGES = 40_000

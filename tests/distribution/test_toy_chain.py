@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from specdec_rt.decode.draft import ChainNoise, Proposal
+from specdec_rt.decode.verify import ResidualDraws, complete_exact, judge_exact
 from toy import DIM, TOY_CHAIN, toy_head
 from twosample import sliced_p_value
 
 from specdec_rt.acceptance import BlockVerdict, prefix_acceptance, running_log_weight, step_divergence
-from specdec_rt.decode.draft import ChainNoise, Proposal
-from specdec_rt.decode.verify import ResidualDraws, complete_exact, judge_exact
 
 TOKENS = 200_000
 CHUNK = 20_000

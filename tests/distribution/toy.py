@@ -8,20 +8,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from specdec_rt.decode.chain import Head
+from specdec_rt.decode.draft import Model
+from specdec_rt.decode.loop import Session
+from specdec_rt.decode.steps import Steps
 
 from specdec_rt.ar_schedule import raster_schedule
 from specdec_rt.backends.base import BoundCall
 from specdec_rt.backends.host import HostDevice
 from specdec_rt.chain import Chain, ChainSpec, compile_chain
-from specdec_rt.decode.chain import Head
-from specdec_rt.decode.draft import Model
-from specdec_rt.decode.loop import Session
-from specdec_rt.decode.plan import Plan
-from specdec_rt.decode.steps import Steps
 from specdec_rt.draft_steps import choose_draft_steps
 from specdec_rt.families.backbone import Ask, Backbone
 from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.noise import Purpose
+from specdec_rt.plan import Plan
 from specdec_rt.types import Array, FloatArray, IntArray
 
 __all__ = ["DIM", "IMAGE_CHAIN", "TOY_CHAIN", "TableNoise", "self_session", "toy_head", "toy_session"]

@@ -7,10 +7,10 @@ import pytest
 from drawing import SEED, draw
 
 from specdec_rt import Pipeline
+from specdec_rt.backend_choice import open_backend
 from specdec_rt.backends.availability import AUTO_ORDER, check
 from specdec_rt.build.cache import EngineCache
 from specdec_rt.build.recipe import PrecisionTable, default_recipe
-from specdec_rt.build.select import open_backend
 from specdec_rt.bundle import load_bundle
 
 sys.path.append(str(Path(__file__).parents[1] / "distribution"))  # their two-sample tests serve here, too

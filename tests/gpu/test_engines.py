@@ -6,7 +6,7 @@ import pytest
 from benchmarks.gpu.compare import graph_inputs
 from export.agreement import PRECISION_TOLERANCE, TOLERANCE
 from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
-from specdec_rt.build.builder import graph_slots
+from specdec_rt.build.bundle_graphs import bundle_graphs
 from specdec_rt.bundle import load_bundle
 from specdec_rt.errors import BackendError
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 LIMIT = {"fp32": TOLERANCE, **PRECISION_TOLERANCE}
 """Relative L2 error, that which exporting allows."""
 BUNDLES = {name: load_bundle(name) for name in ("digits", "digits-mar")}
-GRAPHS = [(name, slot) for name, bundle in BUNDLES.items() for slot in graph_slots(bundle.manifest)]
+GRAPHS = [(name, slot) for name, bundle in BUNDLES.items() for slot in bundle_graphs(bundle.manifest)]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from export.models.mar import MarBackbone
 from specdec_rt import load
 from specdec_rt.bundle import file_sha256, load_bundle
 from specdec_rt.chain import ChainSpec
-from specdec_rt.cli.tables import bundle_record
+from specdec_rt.cli.inspect import bundle_record
 from specdec_rt.errors import BackendError, BundleError, ChainError, UsageError
 from specdec_rt.manifest import Defaults
 

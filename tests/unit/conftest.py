@@ -1,7 +1,5 @@
 """What tests of several commands share."""
 
-import sys
-
 import pytest
 
 from specdec_rt import cli
@@ -13,9 +11,8 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["specdec-rt", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            cli.main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
         return caught.value.code, printed.out, printed.err
 

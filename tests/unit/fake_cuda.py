@@ -1,8 +1,9 @@
-"""A CUDA driver in host memory, as far as `backends.cuda` and `backends.graph` use one.
+"""A CUDA driver and a GPU in host memory, as far as `backends` uses them.
 
-Device memory is apart from pinned memory. Work on a stream is queued, and done when somebody waits: a host
-that writes too early or reads too soon is seen. What a capture forbids raises an error. Kernels are the
-shipped source, compiled for the host by `tests/unit/test_cuda.py`, or these plain versions of it.
+It takes the place of the outside world (the cuda-bindings and cuda-core packages), never of code of this project.
+Device memory is apart from pinned memory. Work on a stream is queued and done when somebody waits, so a test sees a
+host that writes too early or reads too soon. What a capture forbids raises an error. Kernels are the shipped source,
+compiled for the host by `tests/unit/test_cuda.py`, or these plain versions of it.
 """
 
 import ctypes
@@ -133,31 +134,61 @@ class Memory:
 
 
 class FakeCuda:
-    """The driver; `install` puts it in the place of the real modules."""
+    """The driver; `install` puts it in the place of the real modules. With `broken`, its GPU shows but cannot be used.
 
-    def __init__(self, kernels=PLAIN_KERNELS):
-        self.stream, self.allocated, self.kernels = Stream(), 0, kernels
+    It runs CUDA 13.0 and shows one GPU of compute capability 8.9.
+    """
+
+    def __init__(self, kernels=PLAIN_KERNELS, *, broken=None):
+        self.stream, self.allocated, self.kernels, self.broken = Stream(), 0, kernels, broken
         self.threads = set()
 
     def install(self, monkeypatch):
-        driver = SimpleNamespace(CUstream=int, cuMemcpyAsync=self.copy)
         core = SimpleNamespace(
-            Device=lambda ordinal: SimpleNamespace(  # noqa: ARG005  # the driver's
-                set_current=lambda: self.threads.add(threading.get_ident()),
-                create_stream=lambda: self.stream,
-                arch="90",
-                allocate=lambda size, stream: Memory(self, size),  # noqa: ARG005
-            ),
+            Device=self.device,
             LegacyPinnedMemoryResource=lambda: SimpleNamespace(allocate=lambda size: Memory(self, size)),
             ProgramOptions=SimpleNamespace,
             Program=lambda source, **_: SimpleNamespace(compile=lambda _: self),  # noqa: ARG005
             LaunchConfig=SimpleNamespace,
             launch=self.launch,
         )
-        modules = {"cuda": ModuleType("cuda"), "cuda.core": core, "cuda.bindings": ModuleType("bindings")}
-        modules["cuda"].core, modules["cuda.bindings"].driver = core, driver
+        modules = {
+            "cuda": ModuleType("cuda"),
+            "cuda.core": core,
+            "cuda.bindings": ModuleType("bindings"),
+            "cuda.pathfinder": SimpleNamespace(load_nvidia_dynamic_lib=lambda name: name),  # NVRTC is there
+        }
+        modules["cuda"].core = core
+        modules["cuda.bindings"].driver, modules["cuda.bindings"].nvml = self.driver_api(), None
         for name, module in modules.items():
             monkeypatch.setitem(sys.modules, name, module)
+
+    def driver_api(self):
+        """What `cuda.bindings.driver` answers: a status, then the value."""
+        attributes = ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR", "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR")
+        return SimpleNamespace(
+            CUstream=int,
+            CUresult=SimpleNamespace(CUDA_SUCCESS=0),
+            CUdevice_attribute=SimpleNamespace(**dict(zip(attributes, (8, 9), strict=True))),
+            cuInit=lambda _: (0,),
+            cuDriverGetVersion=lambda: (0, 13000),
+            cuDeviceGetCount=lambda: (0, 1),
+            cuDeviceGet=lambda ordinal: (0, ordinal),
+            cuDeviceGetAttribute=lambda attribute, _: (0, attribute),
+            cuDeviceGetName=lambda *_: (0, b"Fake GPU\0"),
+            cuDeviceTotalMem=lambda _: (0, 2**34),
+            cuMemcpyAsync=self.copy,
+        )
+
+    def device(self, ordinal):  # noqa: ARG002  # the driver's
+        if self.broken is not None:
+            raise RuntimeError(self.broken)
+        return SimpleNamespace(
+            set_current=lambda: self.threads.add(threading.get_ident()),
+            create_stream=lambda: self.stream,
+            arch="89",
+            allocate=lambda size, stream: Memory(self, size),  # noqa: ARG005
+        )
 
     def copy(self, to, of, size, stream):
         assert stream == self.stream.handle
@@ -195,13 +226,13 @@ class FakeEngine:
     def bind(self, inputs, outputs, *, once=False):  # noqa: ARG002  # the protocol's
         if not self.in_place:
             assert not {id(array) for array in inputs.values()} & {id(array) for array in outputs.values()}
-        twins = {}
+        buffers = {}
         for array in (*inputs.values(), *outputs.values()):
             raw = (ctypes.c_char * max(array.nbytes, 1)).from_address(self.device.address(array))
-            twins.setdefault(id(array), np.ndarray(array.shape, array.dtype, buffer=memoryview(raw)))
+            buffers.setdefault(id(array), np.ndarray(array.shape, array.dtype, buffer=memoryview(raw)))
         call = self.engine.bind(
-            {name: twins[id(array)] for name, array in inputs.items()},
-            {name: twins[id(array)] for name, array in outputs.items()},
+            {name: buffers[id(array)] for name, array in inputs.items()},
+            {name: buffers[id(array)] for name, array in outputs.items()},
         )
         kept = (inputs, outputs)
         return lambda: self.device.stream.push(lambda: call() if kept else None)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fake_cuda import FakeBackend, FakeCuda
+from specdec_rt.decode.loop import Decoder
 
 from specdec_rt import DecodeOptions, Pipeline, UsageError, load
 from specdec_rt.backends.base import Limits
 from specdec_rt.backends.cuda import CudaDevice
 from specdec_rt.bench.predict import Predictor
 from specdec_rt.bundle import load_bundle
-from specdec_rt.decode.loop import Decoder
 from specdec_rt.decode.stats import Counters, Stats
 from specdec_rt.noise import NoiseSource
 

@@ -7,19 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from specdec_rt.backends import availability
-from specdec_rt.backends.availability import Driver, Gpu, check, driver, gpu
+from specdec_rt.backends.availability import check
 from specdec_rt.backends.installed import installed_version, onnxruntime_problem
+from specdec_rt.backends.nvidia_driver import Driver, Gpu, find_driver, find_gpu
 from specdec_rt.errors import BackendError, UsageError
 
-without_gpu = pytest.mark.skipif(gpu() is not None, reason="this machine has a GPU")
+without_gpu = pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
 api = pytest.importorskip("cuda.bindings.driver")
+nvml = pytest.importorskip("cuda.bindings.nvml")
 
 
-def pretend(monkeypatch, compute_capability, cuda=(13, 0)):
-    """A driver and a GPU that are not there."""
-    found = Gpu("Pretended", compute_capability, 2**33, "600.1")
-    monkeypatch.setattr(availability, "driver", lambda: Driver("600.1", cuda, (found,)))
+def driver_of(compute_capability="8.9", cuda=(13, 0)):
+    """A driver with a GPU that is not there."""
+    return Driver("600.1", cuda, (Gpu("Pretended", compute_capability, 2**33, "600.1"),))
 
 
 # --- this machine --------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def test_a_missing_driver_is_said(backend):
 
 @without_gpu
 def test_there_is_no_gpu():
-    assert gpu() is None
+    assert find_gpu() is None
 
 
 def test_an_unknown_backend():
@@ -55,25 +55,35 @@ def test_an_unknown_backend():
 
 def test_without_cuda_bindings(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    assert gpu() is None
+    assert find_gpu() is None
     assert "pip install 'specdec-rt[cuda]'" in check("cuda").why
 
 
 def test_without_cuda_core(monkeypatch):
-    pretend(monkeypatch, "8.9")
-    monkeypatch.delitem(sys.modules, "cuda.core", raising=False)
-    monkeypatch.setattr(availability, "find_spec", lambda _: None)
-    assert check("tensorrt").why == "cuda-core is not installed: pip install 'specdec-rt[tensorrt]'"
+    monkeypatch.setitem(sys.modules, "cuda.core", None)  # what an import of a missing package meets
+    why = check("tensorrt", driver_of()).why
+    assert why.startswith("cuda-core cannot be imported (")
+    assert why.endswith("): pip install 'specdec-rt[tensorrt]'")
+
+
+def test_without_nvrtc(monkeypatch):
+    def missing(name):
+        raise RuntimeError(f"{name} is not there")
+
+    monkeypatch.setattr("cuda.pathfinder.load_nvidia_dynamic_lib", missing)  # what looks for NVIDIA's libraries
+    why = check("tensorrt", driver_of()).why
+    assert why.startswith("NVRTC, which compiles kernels, cannot be loaded (nvrtc is not there): pip install")
 
 
 def test_a_driver_that_shows_no_gpu(monkeypatch):
+    # The driver's own answer, as on a machine whose GPUs are hidden.
     monkeypatch.setattr(api, "cuInit", lambda _: (api.CUresult.CUDA_ERROR_NO_DEVICE,))
     with pytest.raises(BackendError, match=r"CUDA_ERROR_NO_DEVICE.*CUDA_VISIBLE_DEVICES"):
-        driver()
+        find_driver()
 
 
 def test_what_the_driver_says(monkeypatch):
-    """Answers as the bindings give them: a status, then the value."""
+    """The driver is replaced; it answers as the bindings have it: a status, then the value."""
     done = api.CUresult.CUDA_SUCCESS
     values = {
         "cuDriverGetVersion": 13020,
@@ -86,44 +96,43 @@ def test_what_the_driver_says(monkeypatch):
     monkeypatch.setattr(api, "cuInit", lambda _: (done,))
     for name, value in values.items():
         monkeypatch.setattr(api, name, lambda *_, value=value: (done, value))
-    monkeypatch.setattr(availability, "_driver_version", lambda: None)  # as on a Jetson
+
+    def missing():
+        raise RuntimeError("no such library")
+
+    monkeypatch.setattr(nvml, "init_v2", missing)  # as on a Jetson, which has no management library
     found = Gpu("Great GPU", "9.9", 2**34, "CUDA 13.2")
-    assert driver() == Driver("CUDA 13.2", (13, 2), (found,))
-    assert gpu() == found
+    assert find_driver() == Driver("CUDA 13.2", (13, 2), (found,))
+    assert find_gpu() == found
 
 
-def test_a_gpu_that_tensorrt_rtx_targets(monkeypatch):
+def test_a_gpu_that_tensorrt_rtx_targets():
     pytest.importorskip("tensorrt_rtx")
-    pretend(monkeypatch, "8.9")
-    found = check("tensorrt-rtx")
+    found = check("tensorrt-rtx", driver_of("8.9"))
     assert (found.usable, found.why) == (True, "runs on Pretended (compute capability 8.9)")
 
 
-def test_a_gpu_that_tensorrt_rtx_does_not_target(monkeypatch):
+def test_a_gpu_that_tensorrt_rtx_does_not_target():
     pytest.importorskip("tensorrt_rtx")
-    pretend(monkeypatch, "7.0")
-    found = check("tensorrt-rtx")
+    found = check("tensorrt-rtx", driver_of("7.0"))
     assert not found.usable
     assert "no engines for compute capability 7.0 (Pretended), only for SM75" in found.why
 
 
 @pytest.mark.skipif(installed_version("tensorrt-rtx-cu13") is None, reason="TensorRT-RTX for CUDA 13 is not installed")
-def test_a_driver_that_is_too_old(monkeypatch):
-    pretend(monkeypatch, "8.9", cuda=(12, 8))
-    why = check("tensorrt-rtx").why
+def test_a_driver_that_is_too_old():
+    why = check("tensorrt-rtx", driver_of(cuda=(12, 8))).why
     assert why.endswith("is built for CUDA 13, driver 600.1 runs CUDA 12.8 at most: update the driver")
 
 
 @pytest.mark.skipif(installed_version("tensorrt") is not None, reason="TensorRT is installed")
-def test_a_gpu_without_the_library(monkeypatch):
-    pretend(monkeypatch, "8.9")
-    assert "TensorRT is not installed" in check("tensorrt").why
+def test_a_gpu_without_the_library():
+    assert "TensorRT is not installed" in check("tensorrt", driver_of()).why
 
 
 @pytest.mark.skipif(installed_version("onnxruntime-gpu") is not None, reason="onnxruntime-gpu is installed")
-def test_onnxruntime_for_the_cpu_alone(monkeypatch):
-    pretend(monkeypatch, "8.9")
-    why = check("cuda").why
+def test_onnxruntime_for_the_cpu_alone():
+    why = check("cuda", driver_of()).why
     assert why.startswith("onnxruntime is installed for the CPU alone: pip uninstall -y onnxruntime onnxruntime-gpu")
     assert why.endswith("pip install 'onnxruntime-gpu[cuda,cudnn]'")
 
@@ -138,9 +147,9 @@ def test_a_provider_whose_libraries_are_missing(monkeypatch):
         set_default_logger_severity=lambda _: None,
         InferenceSession=lambda *_, **__: session,
     )
-    pretend(monkeypatch, "8.9")
-    monkeypatch.setitem(sys.modules, "onnxruntime", library)
-    assert "CUDA provider cannot be loaded: it needs the libraries of CUDA 13.0 and cuDNN 9" in check("cuda").why
+    monkeypatch.setitem(sys.modules, "onnxruntime", library)  # a build for CUDA, which this machine lacks
+    why = check("cuda", driver_of()).why
+    assert "CUDA provider cannot be loaded: it needs the libraries of CUDA 13.0 and cuDNN 9" in why
 
 
 # --- onnxruntime over onnxruntime-gpu ------------------------------------------------------------------

@@ -88,5 +88,15 @@ def test_a_small_graph_takes_few_rows_to_one_core(bundle):
 
     assert made[2, "session"].session is not made[400, "session"].session
     np.testing.assert_allclose(made[2], made[400][:4], rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_graph_takes_few_rows_to_all_cores(bundle):
     large = OnnxRuntimeBackend(threads=2).load(bundle.path(bundle.manifest.target.graphs["backbone"]))
-    assert (large._lone, step._lone) == (None, made[2, "session"].session)
+    few, many = ({"z": np.zeros((1, rows, 96), np.float32)} for rows in (1, 1000))
+    assert large.session_for(few) is large.session_for(many)
+
+
+def test_one_thread_needs_one_session(bundle):
+    small = OnnxRuntimeBackend(threads=1).load(bundle.path(bundle.manifest.drafts["small"].graphs["modulation"]))
+    few, many = ({"modulation": np.zeros((rows, 1024), np.float32)} for rows in (1, 1000))
+    assert small.session_for(few) is small.session_for(many)

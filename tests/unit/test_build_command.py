@@ -1,4 +1,4 @@
-"""`specdec-rt build` with the real TensorRT-RTX: engines, cache, interrupts, neighbours, trust."""
+"""`specdec-rt build` with the real TensorRT-RTX: engines, cache, interrupts, concurrent builds, trust."""
 
 import dataclasses
 import hashlib
@@ -12,20 +12,21 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import onnx
 import pytest
 from bundles import copy_bundle, edit_manifest, read_manifest
 from rich.console import Console
-from rich.progress import Progress
 
-from specdec_rt.backends.availability import Gpu, gpu
-from specdec_rt.build import builder
-from specdec_rt.build.builder import BuiltGraph, EngineBuilder, build_bundle, graph_slots
-from specdec_rt.build.cache import EngineCache, engine_key
+from specdec_rt.backends.nvidia_driver import Gpu, find_gpu
+from specdec_rt.build.builder import BuiltGraph, EngineBuilder, build_bundle
+from specdec_rt.build.bundle_graphs import bundle_graphs
+from specdec_rt.build.cache import EngineCache
+from specdec_rt.build.engine_record import engine_key
 from specdec_rt.build.recipe import default_recipe, read_recipe
 from specdec_rt.bundle import file_sha256, load_bundle
-from specdec_rt.cli import build as build_command
+from specdec_rt.cli.build import build_reporter
 from specdec_rt.errors import BackendError, RecipeError
 
 RECIPE = 'backend = "tensorrt-rtx"\nbuilder_level = 0\nbatch_buckets = [1]\n'
@@ -36,15 +37,16 @@ trt = pytest.importorskip("tensorrt_rtx")
 
 @pytest.fixture(scope="module", autouse=True)
 def state(tmp_path_factory):
-    """A secret of these tests' own, and nothing that deserialises."""
+    """A signing secret of these tests' own, and a TensorRT that fails a test in which a plan is deserialised."""
 
-    class Reached(trt.Runtime):
+    class Forbidden(trt.Runtime):
         def __init__(self, *_):
             raise AssertionError("a plan was about to be deserialised")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        patch.setattr(trt, "Runtime", Reached)
+        # TensorRT's own runtime: it would need a GPU to load a plan, and a test could not see that it was asked to.
+        patch.setattr(trt, "Runtime", Forbidden)
         yield
 
 
@@ -66,13 +68,13 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(place):
-    """What the first build of the bundle says."""
+    """The first build of the bundle, as a process that has ended."""
     return build_in_process(place)
 
 
 def build_in_process(place, *arguments):
     """Runs a build with the cache beside the bundle, in a process of its own."""
-    script = "import specdec_rt.cli as cli; cli.main()"
+    script = "from specdec_rt.cli import main; main()"
     options = ("build", "lone", "--recipe", "recipe.toml", "--cache", "cache", *arguments)
     return subprocess.run(
         [sys.executable, "-c", script, *options], cwd=place, capture_output=True, text=True, check=True
@@ -93,26 +95,26 @@ def cache(place, first, tmp_path):  # noqa: ARG001  # it fills the cache
 
 
 @pytest.fixture
-def workshop(place, cache):
+def builder(place, cache):
     return EngineBuilder.open(load_bundle(place / "lone"), read_recipe(place / "recipe.toml"), cache)
 
 
 def slot(bundle, label):
-    return next(slot for slot in graph_slots(bundle.manifest) if slot.label == label)
+    return next(slot for slot in bundle_graphs(bundle.manifest) if slot.label == label)
 
 
 def plans(folder):
     return sorted(path.stem for path in folder.glob("*.plan"))
 
 
-def key(workshop, label="target.time_embedding"):
-    return engine_key(workshop.key_fields(slot(workshop.bundle, label)))
+def key(builder, label="target.time_embedding"):
+    return engine_key(builder.key_fields(slot(builder.bundle, label)))
 
 
 # --- building and finding again ----------------------------------------------------------------------
 
 
-def test_every_graph_is_built_and_then_found(first, place):
+def test_every_graph_is_built_once_and_then_found_in_the_cache(first, place):
     assert [line.split(":")[0] for line in first.stderr.splitlines()] == GRAPHS
     for words in ("lone: engines in", "fp32", "target.denoise_step", " built ", "MB"):
         assert words in first.stdout
@@ -128,7 +130,7 @@ def test_every_graph_is_built_and_then_found(first, place):
     assert plans(place / "cache") == sorted(graph["key"] for graph in record["graphs"])
 
 
-def test_a_record_tells_what_was_built(cache):
+def test_an_engine_s_record_says_what_was_built(cache):
     found = {entry.record.graph: entry.record for entry in cache.entries()}
     assert sorted(found) == sorted(GRAPHS)
     record = found["target.denoise_step"]
@@ -139,7 +141,7 @@ def test_a_record_tells_what_was_built(cache):
     assert record.build_seconds > 0
 
 
-def test_clear(run, cache):
+def test_clear_removes_all_engines_and_says_how_many(run, cache):
     code, out, err = run("--clear", "--cache", cache.folder)
     assert (code, out, err) == (0, "", f"removed {len(GRAPHS)} engines from {cache.folder}\n")
     assert plans(cache.folder) == []
@@ -162,23 +164,23 @@ def test_clear(run, cache):
         (RECIPE + "[profiles.time_embedding]\ntimestep = { min = [23], opt = [23], max = [23] }\n", True),
     ],
 )
-def test_any_change_of_the_recipe_misses(workshop, tmp_path, text, changed):
+def test_a_recipe_that_makes_another_engine_has_another_key(builder, tmp_path, text, changed):
     (tmp_path / "other.toml").write_text(text)
-    other = dataclasses.replace(workshop, recipe=read_recipe(tmp_path / "other.toml"))
-    assert (key(other) != key(workshop)) == changed
+    other = dataclasses.replace(builder, recipe=read_recipe(tmp_path / "other.toml"))
+    assert (key(other) != key(builder)) == changed
 
 
-def test_another_library_misses(workshop):
-    other = dataclasses.replace(workshop.flavour, version="9.9")
-    assert key(dataclasses.replace(workshop, flavour=other)) != key(workshop)
+def test_another_library_version_has_another_key(builder):
+    other = dataclasses.replace(builder.tensorrt, version="9.9")
+    assert key(dataclasses.replace(builder, tensorrt=other)) != key(builder)
 
 
-def test_gpus_and_drivers_are_told_apart(workshop):
+def test_another_gpu_or_driver_has_another_key(builder):
     gpus = [Gpu("A", "8.9", 1, "580"), Gpu("B", "8.9", 1, "580"), Gpu("A", "9.0", 1, "580"), Gpu("A", "8.9", 1, "590")]
-    assert len({key(dataclasses.replace(workshop, gpu=one)) for one in [None, *gpus]}) == 5
+    assert len({key(dataclasses.replace(builder, gpu=one)) for one in [None, *gpus]}) == 5
 
 
-def test_a_changed_graph_is_built_and_the_others_are_found(run, place, cache, tmp_path):
+def test_a_changed_graph_is_built_anew_and_the_others_are_found(run, place, cache, tmp_path):
     folder = Path(shutil.copytree(place / "lone", tmp_path / "lone"))
     name = "target.time_embedding.onnx"
     model = onnx.load(folder / name, load_external_data=False)
@@ -191,32 +193,32 @@ def test_a_changed_graph_is_built_and_the_others_are_found(run, place, cache, tm
     assert built == {graph: graph == "target.time_embedding" for graph in GRAPHS}
 
 
-def test_changed_weights_miss(workshop):
-    bundle = workshop.bundle
+def test_changed_weights_give_another_key(builder):
+    bundle = builder.bundle
     files = {**bundle.manifest.files, "target.safetensors": "0" * 64}
     other = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"files": files}))
     for label in GRAPHS:
-        assert key(dataclasses.replace(workshop, bundle=other), label) != key(workshop, label)
+        assert key(dataclasses.replace(builder, bundle=other), label) != key(builder, label)
 
 
-def test_a_new_driver_is_told_of(workshop, caplog):
-    here = slot(workshop.bundle, "target.time_embedding")
-    old, new = (dataclasses.replace(workshop, gpu=Gpu("A", "8.9", 1, driver)) for driver in ("580", "590"))
+def test_an_engine_of_another_driver_is_built_anew_with_a_warning(builder, caplog):
+    here = slot(builder.bundle, "target.time_embedding")
+    old, new = (dataclasses.replace(builder, gpu=Gpu("A", "8.9", 1, driver)) for driver in ("580", "590"))
     old.engine(here)
     assert "the engine in the cache is for gpu none, here A (compute capability 8.9), driver none" in caplog.text
     assert not new.engine(here)[1].cached
     assert "the engine in the cache is for driver 580, here 590; it is built anew" in caplog.text
     assert old.engine(here)[1].cached
-    assert workshop.engine(here)[1].cached
+    assert builder.engine(here)[1].cached
 
 
 # --- trust -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["tampered", "truncated", "altered record", "no record", "another machine's"])
-def test_what_this_machine_did_not_build_is_built_anew(workshop, cache, caplog, monkeypatch, tmp_path, damage):
-    """`Runtime` raises in all these tests: nothing is deserialised on the way."""
-    plan = cache.folder / f"{key(workshop)}.plan"
+def test_an_engine_that_this_machine_did_not_build_is_built_anew(builder, cache, caplog, monkeypatch, tmp_path, damage):
+    """Nothing is deserialised on the way: TensorRT's runtime raises in all these tests."""
+    plan = cache.folder / f"{key(builder)}.plan"
     record = plan.with_suffix(".json")
     content = bytearray(plan.read_bytes())
     if damage == "tampered":
@@ -232,29 +234,29 @@ def test_what_this_machine_did_not_build_is_built_anew(workshop, cache, caplog, 
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
         cache = EngineCache(cache.folder)
     refused = plan.read_bytes() if damage in ("tampered", "truncated") else None
-    again = EngineBuilder.open(workshop.bundle, workshop.recipe, cache)
-    given, _ = again.engine(slot(workshop.bundle, "target.time_embedding"))
+    again = EngineBuilder.open(builder.bundle, builder.recipe, cache)
+    given, _ = again.engine(slot(builder.bundle, "target.time_embedding"))
     assert given != refused
     assert f"the engine {plan} is not used" in caplog.text
     assert given == plan.read_bytes() == cache.read(plan.stem)
     assert json.loads(record.read_text())["record"]["plan_sha256"] == hashlib.sha256(given).hexdigest()
 
 
-# --- interrupts and neighbours -----------------------------------------------------------------------
+# --- interrupts and concurrent builds ----------------------------------------------------------------
 
 SCRIPT = (
-    "import signal, sys, specdec_rt.cli as cli, specdec_rt.cli.build as command\n"
+    "import signal\n"
     # As on a terminal, also where the tests run in the background of a shell, which ignores interrupts there.
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "command._Lines.building = lambda self, graph: print(graph, flush=True)\n"
-    "sys.argv = ['specdec-rt', 'build', 'lone', '--recipe', 'recipe.toml', '--cache', sys.argv[1]]\n"
-    "cli.main()\n"
+    "from specdec_rt.cli import main; main()"
 )
 
 
 def start(place, folder):
+    """A build into the cache `folder`, as a process that is under way."""
+    options = ("build", "lone", "--recipe", "recipe.toml", "--cache", str(folder))
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder)],
+        [sys.executable, "-c", SCRIPT, *options],
         cwd=place,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -262,10 +264,17 @@ def start(place, folder):
     )
 
 
-def test_an_interrupt_leaves_nothing_partial_and_no_lock(run, place, tmp_path):
+def wait_until_building(process, folder):
+    """Until the process has taken the lock under which it builds engines into `folder`."""
+    while not (folder / ".build.lock").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_an_interrupt_leaves_no_partial_engine_and_no_lock(run, place, tmp_path):
     folder = tmp_path / "new"
     with start(place, folder) as process:
-        assert process.stdout.readline() == "target.backbone\n"
+        wait_until_building(process, folder)
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
@@ -294,13 +303,13 @@ def test_two_builds_at_once_leave_one_intact_engine_of_each_graph(place, tmp_pat
 # --- refusals ----------------------------------------------------------------------------------------
 
 
-def test_no_recipe(run):
+def test_build_without_a_recipe_is_refused(run):
     code, out, err = run("lone")
     assert (code, out) == (2, "")
     assert "error: no recipe was given; expected --recipe FILE.toml" in err
 
 
-def test_a_recipe_that_builds_nothing(run, tmp_path):
+def test_a_recipe_for_a_backend_without_engines_is_refused(run, tmp_path):
     (tmp_path / "cpu.toml").write_text('backend = "onnxruntime"\n')
     code, _, err = run("lone", "--recipe", tmp_path / "cpu.toml", "--cache", tmp_path / "cache")
     assert code == 2
@@ -308,37 +317,61 @@ def test_a_recipe_that_builds_nothing(run, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_recipe_that_does_not_fit_builds_nothing(workshop, tmp_path):
+def test_a_recipe_that_does_not_fit_the_bundle_builds_nothing(builder, tmp_path):
     text = RECIPE + "[profiles.path_means]\nguidance = { min = [1], opt = [1], max = [1] }\n"
     (tmp_path / "wrong.toml").write_text(text)
-    with pytest.raises(RecipeError, match=r"wrong\.toml:5: profiles\.path_means\.guidance has 1 sizes"):
-        build_bundle(workshop.bundle, read_recipe(tmp_path / "wrong.toml"), EngineCache(tmp_path / "new"))
+    with pytest.raises(RecipeError, match=r"wrong\.toml: profiles\.path_means\.guidance has 1 sizes"):
+        build_bundle(builder.bundle, read_recipe(tmp_path / "wrong.toml"), EngineCache(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.skipif(gpu() is not None, reason="for machines without a GPU")
-def test_tensorrt_builds_only_where_there_is_a_gpu(workshop, monkeypatch):
-    """`tensorrt` itself cannot be installed without a GPU to use it on: TensorRT-RTX stands in, without its gift."""
-    capabilities = dataclasses.replace(workshop.flavour.capabilities, compute_capabilities=())
-    monkeypatch.setattr(builder, "probe", lambda _: dataclasses.replace(workshop.flavour, capabilities=capabilities))
+@pytest.mark.skipif(find_gpu() is not None, reason="for machines without a GPU")
+def test_tensorrt_builds_only_where_there_is_a_gpu(place, cache, monkeypatch):
+    # `tensorrt` itself cannot be installed without a GPU to use it on. TensorRT-RTX stands in for the module, without
+    # the one ability that tensorrt lacks: to build for GPUs that are not there.
+    stand_in = ModuleType("tensorrt")
+    vars(stand_in).update({name: value for name, value in vars(trt).items() if name != "ComputeCapability"})
+    monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
     with pytest.raises(BackendError, match="driver"):
-        EngineBuilder.open(workshop.bundle, default_recipe("tensorrt"), workshop.cache)
+        EngineBuilder.open(load_bundle(place / "lone"), default_recipe("tensorrt"), cache)
 
 
 # --- on a terminal -----------------------------------------------------------------------------------
 
 
-def test_bars_name_the_graph_and_its_phase():
-    screen = io.StringIO()
+class Terminal(io.StringIO):
+    """A stand-in for a terminal, which a test run has none of."""
+
+    def isatty(self):
+        return True
+
+
+def test_bars_on_a_terminal_name_the_graph_and_its_phase():
+    screen = Terminal()
     console = Console(file=screen, force_terminal=True, width=100)
-    with Progress(*build_command.COLUMNS, console=console, auto_refresh=False) as progress:
-        bars = build_command._Bars(progress, 2)
-        bars.waiting("target.backbone")
-        progress.refresh()
-        bars.building("target.backbone")
-        assert bars.step("Optimizing graph", 3, 30)
-        progress.refresh()
-        bars.finished(BuiltGraph("target.backbone", "fp16", False, 1.0, 100, "key"))
-    shown = screen.getvalue()
-    assert "target.backbone (waiting for another process)" in shown
-    assert "target.backbone: Optimizing graph" in shown
+    with build_reporter(2, console) as reporter:
+        reporter.waiting("target.backbone")
+        assert_shown(screen, "target.backbone (waiting for another process)")
+        reporter.building("target.backbone")
+        assert reporter.step("Optimizing graph", 3, 30)
+        assert_shown(screen, "target.backbone: Optimizing graph")
+        reporter.finished(BuiltGraph("target.backbone", "fp16", False, 1.0, 100, "key"))
+        assert_shown(screen, "engines")
+
+
+def assert_shown(screen, words, seconds=5.0):
+    """Wait until the bars, which are redrawn ten times a second, show the words."""
+    end = time.monotonic() + seconds
+    while words not in screen.getvalue():
+        assert time.monotonic() < end, screen.getvalue()
+        time.sleep(0.02)
+
+
+def test_a_log_file_has_a_line_for_each_engine_that_is_built_and_none_for_those_found():
+    log = io.StringIO()
+    with build_reporter(2, Console(file=log, width=40)) as reporter:
+        reporter.building("target.backbone")
+        assert reporter.step("Optimizing graph", 3, 30)
+        reporter.finished(BuiltGraph("target.backbone", "fp16", False, 1.0, 2_000_000, "key"))
+        reporter.finished(BuiltGraph("target.modulation", "fp16", True, 0.1, 2_000_000, "key"))
+    assert log.getvalue() == "target.backbone: built in 1.0 s, fp16, 2.0 MB\n"

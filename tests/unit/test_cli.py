@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -13,11 +12,9 @@ from bundles import copy_bundle, edit_manifest
 from PIL import Image
 
 import specdec_rt
-from specdec_rt.cli import app as cli
-from specdec_rt.cli import files as output
-from specdec_rt.cli import parse_labels
+from specdec_rt.cli.generate import parse_labels
 from specdec_rt.cli.sheet import SheetLayout, draw_sheet
-from specdec_rt.errors import OutputError, UsageError
+from specdec_rt.errors import UsageError
 
 JSON_FIELDS = [
     "mode",
@@ -72,11 +69,11 @@ def pixels(path):
         (" 1 , 2 - 3 ", [1, 2, 3]),
     ],
 )
-def test_labels(text, labels):
+def test_labels_are_numbers_and_ranges_in_the_order_given(text, labels):
     assert parse_labels(text, 10) == labels
 
 
-def test_labels_of_a_large_bundle():
+def test_labels_must_be_chosen_where_there_are_many_classes():
     assert parse_labels("207,360", 1000) == [207, 360]
     with pytest.raises(UsageError, match=r"no labels were given; the bundle has 1000 classes.*--labels"):
         parse_labels(None, 1000)
@@ -85,21 +82,21 @@ def test_labels_of_a_large_bundle():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "'' is no label; expected a list such as 0-9 or 1,3-5"),
-        ("a", "'a' is no label"),
-        ("1,,2", "'' is no label"),
-        ("-1", "'-1' is no label"),
-        ("1-", "'1-' is no label"),
-        ("1.5", "'1.5' is no label"),
-        ("1-2-3", "'1-2-3' is no label"),
-        ("1\n-2,٣", "'٣' is no label"),
-        ("9" * 5000, "is no label"),
+        ("", "'' is not a label; expected a list such as 0-9 or 1,3-5"),
+        ("a", "'a' is not a label"),
+        ("1,,2", "'' is not a label"),
+        ("-1", "'-1' is not a label"),
+        ("1-", "'1-' is not a label"),
+        ("1.5", "'1.5' is not a label"),
+        ("1-2-3", "'1-2-3' is not a label"),
+        ("1\n-2,٣", "'٣' is not a label"),
+        ("9" * 5000, "is not a label"),
         ("5-2", "'5-2' runs backwards; write 2-5"),
         ("10", "labels holds 10; expected 0 to 9"),
         ("0-999999999", "labels holds 999999999; expected 0 to 9"),
     ],
 )
-def test_labels_that_are_none(text, said):
+def test_what_is_no_list_of_labels_is_refused(text, said):
     with pytest.raises(UsageError) as caught:
         parse_labels(text, 10)
     assert said in str(caught.value)
@@ -119,7 +116,7 @@ def test_plain_generate_draws_one_of_each_digit(run, tmp_path):
     assert "490 in 10 images" in err
 
 
-def test_the_table_tells_what_was_drafted_accepted_and_called(run):
+def test_the_table_shows_what_was_drafted_accepted_and_called(run):
     code, _, err = run("generate", "--labels", "3", "--draft", "self", "--out", "x.png")
     assert code == 0
     for words in (
@@ -133,7 +130,7 @@ def test_the_table_tells_what_was_drafted_accepted_and_called(run):
         assert words in err
 
 
-def test_json_and_arrays(run, tmp_path):
+def test_json_and_arrays_hold_what_the_api_returns(run, tmp_path):
     code, out, err = run(
         "generate", "--labels", "0,7", "--count", "2", "--mode", "target", "--seed", "5", "--json", "--tokens", "t.npz"
     )
@@ -156,7 +153,7 @@ def test_json_and_arrays(run, tmp_path):
     np.testing.assert_allclose(found["tokens"], result.tokens, atol=1e-4)
 
 
-def test_exact_json(run):
+def test_json_of_exact_decoding_counts_rounds_and_acceptance(run):
     code, out, _ = run("generate", "--labels", "4", "--draft", "self", "--json", "--out", "x.png")
     record = json.loads(out)
     assert code == 0
@@ -167,19 +164,16 @@ def test_exact_json(run):
     assert record["draft_lengths"] == {"1": 49}
 
 
-def test_a_draft_length_that_is_chosen_on_the_way(run):
-    code, out, _ = run(
-        "generate", "--labels", "4", "--draft", "self", "--draft-length", "auto", "--json", "--out", "x.png"
-    )
+def test_draft_length_auto_counts_rounds_by_the_length_chosen(run):
+    arguments = ("generate", "--labels", "4", "--draft", "self", "--draft-length", "auto", "--out", "x.png")
+    code, out, _ = run(*arguments, "--json")
     record = json.loads(out)
     assert code == 0
     assert set(record["draft_lengths"]) <= {"0", "1"}
     assert sum(record["draft_lengths"].values()) == record["target_backbone_calls"] == 49
-    _, _, err = run("generate", "--labels", "4", "--draft", "self", "--draft-length", "auto", "--out", "x.png")
-    assert "AR steps drafted" in err
 
 
-def test_one_picture_per_image(run, tmp_path):
+def test_a_folder_gets_one_png_for_each_image(run, tmp_path):
     code, _, err = run("generate", "--labels", "7,2", "--count", "2", "--mode", "draft", "--out-dir", "many")
     assert code == 0
     names = ["00000-7.png", "00001-7.png", "00002-2.png", "00003-2.png"]
@@ -191,7 +185,7 @@ def test_one_picture_per_image(run, tmp_path):
     assert "wrote many" in err
 
 
-def test_outputs_go_together_and_replace_older_ones(run, tmp_path):
+def test_all_outputs_can_be_asked_for_and_replace_older_files(run, tmp_path):
     (tmp_path / "many").mkdir()
     (tmp_path / "many" / "kept.txt").write_text("mine")
     (tmp_path / "x.PNG").write_text("old")
@@ -202,41 +196,46 @@ def test_outputs_go_together_and_replace_older_ones(run, tmp_path):
     assert pixels("x.PNG").shape == (120, 120)
 
 
-def test_options_reach_the_request(run, monkeypatch):
-    asked = {}
+def figures(record):
+    """Those of a request that do not depend on the clock, as JSON has them."""
+    return {name: value for name, value in json.loads(json.dumps(record)).items() if "second" not in name}
 
-    def generate(_, labels, **arguments):
-        asked.update(arguments, labels=list(labels))
-        raise UsageError("stop here")
 
-    monkeypatch.setattr(specdec_rt.Pipeline, "generate", generate)
-    flags = "--mode paper --draft small --draft-length 3 --draft-steps 9 --tau 2 --prefill 0.1 --guidance 1.5"
-    more = "--guidance-schedule constant --temperature 0.9 --ar-steps 49 --seed 8 --batch-size 2 --labels 1-2 --count 2"
-    assert run("generate", *flags.split(), *more.split())[0] == 2
-    del asked["progress"]
-    assert asked == {
-        "labels": [1, 1, 2, 2],
-        "seed": 8,
-        "batch_size": 2,
-        "options": specdec_rt.DecodeOptions(
-            mode="paper",
-            draft="small",
-            draft_length=3,
-            draft_steps=9,
-            tau=2.0,
-            prefill=0.1,
-            guidance=1.5,
-            guidance_schedule="constant",
-            temperature=0.9,
-            ar_steps=49,
-        ),
+def test_every_decoding_option_has_the_effect_that_it_has_in_the_api(run):
+    options = {
+        "mode": "paper",
+        "draft": "small",
+        "draft_length": 1,
+        "draft_steps": 3,
+        "tau": 9.0,
+        "prefill": 0.3,
+        "guidance": 3.0,
+        "guidance_schedule": "linear",
+        "temperature": 0.9,
+        "ar_steps": 5,
     }
+    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    request = ("--labels", "1-2", "--seed", "8", "--batch-size", "2", "--tokens", "t.npz", "--json")
+    code, out, _ = run("generate", "digits-mar", *flags, *request)
+    assert code == 0
+    with np.load("t.npz") as arrays:
+        tokens = arrays["tokens"]
+
+    pipeline = specdec_rt.load("digits-mar")
+    same = pipeline.generate([1, 2], seed=8, **options)
+    np.testing.assert_allclose(tokens, same.tokens, atol=1e-4)
+    assert figures(json.loads(out)) == figures(same.stats.as_dict())
+    for left_out in options:
+        other = pipeline.generate([1, 2], seed=8, **{name: options[name] for name in options if name != left_out})
+        same_tokens = np.abs(other.tokens - tokens).max() < 1e-2
+        same_figures = figures(other.stats.as_dict()) == figures(same.stats.as_dict())
+        assert not (same_tokens and same_figures), f"{left_out} has no effect here"
 
 
 # --- inspect -------------------------------------------------------------------------------------------
 
 
-def test_inspect(run, tmp_path):
+def test_inspect_shows_what_a_bundle_holds(run, tmp_path):
     code, out, err = run("inspect")
     assert (code, err) == (0, "")
     for words in ("causal", "49 of 16 values", "28 x 28 x 1", "final_std", "draft adapter", "tokens [B,"):
@@ -245,7 +244,7 @@ def test_inspect(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inspect_json(run):
+def test_inspect_json_holds_the_manifest_sizes_and_modes(run):
     code, out, _ = run("inspect", "--json")
     record = json.loads(out)
     assert code == 0
@@ -258,7 +257,7 @@ def test_inspect_json(run):
     assert [binding["name"] for binding in graph["outputs"]] == ["next_state", "mean"]
 
 
-def test_inspect_tells_why_exact_cannot_work(run, tmp_path):
+def test_inspect_says_why_mode_exact_cannot_work(run, tmp_path):
     folder = copy_bundle(tmp_path / "copy")
     edit_manifest(folder, "chain", "final_std", value=0.0)
     edit_manifest(folder, "provenance", "note", value="[bold]not markup[/nonsense]")
@@ -277,9 +276,9 @@ def test_inspect_tells_why_exact_cannot_work(run, tmp_path):
     ("arguments", "said"),
     [
         (("--labels", "0-10"), "labels holds 10; expected 0 to 9"),
-        (("--labels", "x"), "'x' is no label"),
+        (("--labels", "x"), "'x' is not a label"),
         (("--count", "0"), "count is 0; expected a whole number of at least 1"),
-        (("--count", "10000000"), "take --out-dir or --tokens instead"),
+        (("--count", "10000000"), "ask for fewer images, or for --out-dir or --tokens instead of a sheet"),
         (("--batch-size", "0"), "batch_size is 0; expected"),
         (("--seed", "-1"), "seed is -1; expected"),
         (("--mode", "fast"), "mode is 'fast'; expected one of exact, paper, target, draft"),
@@ -302,12 +301,12 @@ def test_inspect_tells_why_exact_cannot_work(run, tmp_path):
         (("no/such/bundle",), "no bundle at 'no/such/bundle': expected a folder that holds manifest.json"),
     ],
 )
-def test_bad_values(refused, arguments, said):
+def test_bad_values_are_named_with_what_was_expected(refused, arguments, said):
     assert said in refused("generate", *arguments)
 
 
 @pytest.mark.parametrize("arguments", [("--tau", "x"), ("--labels",), ("--nothing",), ("--count", "1.5"), ("a", "b")])
-def test_bad_usage(run, tmp_path, arguments):
+def test_bad_usage_ends_with_2_and_no_traceback(run, tmp_path, arguments):
     code, out, err = run("generate", *arguments)
     assert (code, out) == (2, "")
     assert "Error" in err
@@ -315,14 +314,14 @@ def test_bad_usage(run, tmp_path, arguments):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_bundle(refused, tmp_path):
+def test_a_damaged_bundle_is_refused_with_the_file_s_name(refused, tmp_path):
     folder = copy_bundle(tmp_path / "copy")
     (folder / "target.backbone.onnx").write_bytes(b"")
     assert f"{folder / 'target.backbone.onnx'} has SHA-256" in refused("generate", folder)
     assert f"{folder / 'target.backbone.onnx'} has SHA-256" in refused("inspect", folder, "--json")
 
 
-def test_a_chain_on_which_exact_cannot_work(refused, tmp_path):
+def test_a_chain_on_which_exact_cannot_work_is_refused_with_its_field(refused, tmp_path):
     folder = copy_bundle(tmp_path / "copy")
     edit_manifest(folder, "chain", "t_max", value=999)
     assert "chain.t_max = 999" in refused("generate", folder)
@@ -344,103 +343,82 @@ def test_a_chain_on_which_exact_cannot_work(refused, tmp_path):
         (("--out", "good.png", "--tokens", "missing/t.npz"), "there is no folder missing"),
     ],
 )
-def test_places_that_cannot_be_written(refused, tmp_path, monkeypatch, arguments, said):
-    """Refused before the work starts."""
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(refused, tmp_path, arguments, said):
+    """The request itself would refuse this seed, so the outputs are checked before it begins."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(specdec_rt.Pipeline, "generate", lambda *_, **__: pytest.fail("the work was started"))
-    assert said in refused("generate", *QUICK, *arguments)
+    assert said in refused("generate", *QUICK, "--seed", "-1", *arguments)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 @pytest.mark.parametrize("arguments", [("--out", "locked/x.png"), ("--out-dir", "locked"), ("--out-dir", "locked/new")])
-def test_folder_without_permission(refused, tmp_path, arguments):
+def test_a_folder_without_permission_is_refused(refused, tmp_path, arguments):
     (tmp_path / "locked").mkdir(mode=0o500)
     assert "cannot be written (Permission denied)" in refused("generate", *QUICK, *arguments)
 
 
-def test_a_file_system_that_refuses(monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(output.Path, "open", refuse)
-    with pytest.raises(OutputError, match=r"x.png cannot be written \(Permission denied\); choose another place"):
-        output.check_file(output.Path("x.png"), ".png")
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")])
-def test_nothing_half_written_remains(tmp_path, error):
-    def fail(file):
-        file.write(b"half")
-        raise error
-
-    old, folder = tmp_path / "old.npz", tmp_path / "new"
-    old.write_text("old")
-    expected = OutputError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected):
-        output.write_together(
-            {folder / "0.png": lambda file: file.write(b"whole"), old: fail, tmp_path / "later.npz": fail},
-            folder=folder,
-        )
-    assert list(tmp_path.rglob("*")) == [old]
-    assert old.read_text() == "old"
+def test_a_file_that_cannot_be_finished_leaves_no_other_behind(tmp_path):
+    pytest.importorskip("resource", reason="the size of files cannot be limited here")
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from specdec_rt.cli import main; main()"
+    )
+    arguments = ("generate", *QUICK, "--count", "4", "--out-dir", "small", "--tokens", "large.npz")
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: large.npz cannot be written (File too large); choose another place\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- the process ---------------------------------------------------------------------------------------
 
 
-def test_interrupt_ends_with_130_and_leaves_nothing(tmp_path):
-    """The interrupt comes once decoding has begun: a helper that starts the CLI says so on stdout."""
+def test_a_terminal_shows_a_bar_and_an_interrupt_ends_with_130_and_leaves_nothing(tmp_path):
+    pty = pytest.importorskip("pty", reason="there are no pseudo-terminals here")
     script = (
-        "import signal, sys, specdec_rt.cli as cli, specdec_rt.pipeline as pipeline\n"
+        "import signal\n"
         # As on a terminal, also where the tests run in the background of a shell, which ignores interrupts there.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "run = pipeline.Decoder.run\n"
-        "def told(self):\n"
-        "    print('started', flush=True)\n"
-        "    return run(self)\n"
-        "pipeline.Decoder.run = told\n"
-        "sys.argv = ['specdec-rt', 'generate', '--mode', 'target', '--count', '100', '--out-dir', 'many']\n"
-        "cli.main()\n"
+        "from specdec_rt.cli import main; main()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    with process:
-        assert process.stdout.readline() == "started\n"
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "Traceback" not in err
+    arguments = ("generate", "--mode", "target", "--count", "100", "--out-dir", "many")
+    terminal, stderr = pty.openpty()
+    with os.fdopen(terminal, "rb", buffering=0) as screen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "TERM": "xterm"},
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+        os.close(stderr)
+        with process:
+            shown = b""
+            while b"/49000" not in shown:  # the bar: decoding is under way
+                shown += screen.read(4096)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 130
+        shown += screen.read(4096)
+    assert b"Traceback" not in shown
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("a bug")
+def test_an_unexpected_error_keeps_its_traceback():
+    script = (
+        "from specdec_rt.cli import main, make_app\n"
+        "def fail(): raise RuntimeError('a bug')\n"
+        "main(['fail'], app=make_app({'fail': fail, 'other': fail}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Traceback (most recent call last):\n")
+    assert done.stderr.endswith("\nRuntimeError: a bug\n")
 
-    monkeypatch.setattr(specdec_rt.Pipeline, "generate", fail)
-    monkeypatch.setattr(sys, "argv", ["specdec-rt", "generate"])
-    with pytest.raises(RuntimeError, match="a bug"):
-        cli.main()
 
-
-def test_the_module_is_light():
-    """A typing error or --help must not wait for an execution library."""
+def test_importing_the_command_line_imports_no_execution_library():
+    """A typing error or --help must not wait for one."""
     script = "import sys, specdec_rt.cli; print([m for m in ('onnxruntime', 'torch', 'onnx') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-@pytest.mark.parametrize(("terminal", "seconds", "shown"), [(True, 2.0, True), (True, 0.5, False), (False, 9.0, False)])
-def test_a_bar_only_for_long_work_on_a_terminal(monkeypatch, terminal, seconds, shown):
-    started = []
-    clock = iter([0.0, seconds])
-    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: terminal, raising=False)
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(cli.Progress, "start", lambda _: started.append(True))
-    with cli._progress_bar() as tell:
-        if tell is not None:
-            tell(1, 2)
-    assert bool(started) == shown

@@ -1,4 +1,4 @@
-"""The small moves between engines: buffers with twins, kernels, captured steps."""
+"""A GPU's device: arrays and their device buffers, the kernels that copy between engines, captured steps."""
 
 import ctypes
 import gc
@@ -82,7 +82,7 @@ def test_zeros_are_zeros_on_both_sides(device):
     assert not fetched(device, array).any()
 
 
-def test_entries_of_a_pitched_array_are_aligned_and_move_with_their_gaps(device):
+def test_entries_of_an_aligned_array_begin_aligned_and_move_with_their_gaps(device):
     array = device.aligned((3, 2, 5), np.float32)
     for row in array:
         assert row.flags.c_contiguous
@@ -215,7 +215,7 @@ def test_memory_is_given_back_with_its_last_view(monkeypatch):
     device = CudaDevice(batch_buckets=(1,), graphs=True)
     view = device.zeros((8, 4), np.float32)[2:, 1:].T
     gc.collect()
-    assert cuda.allocated == 2  # the array and its twin
+    assert cuda.allocated == 2  # the pinned array and its device buffer
     del view
     gc.collect()
     assert cuda.allocated == 2  # work on it may be queued, or just be captured
@@ -223,19 +223,25 @@ def test_memory_is_given_back_with_its_last_view(monkeypatch):
     assert cuda.allocated == 0
 
 
-@pytest.mark.parametrize(("images", "lanes"), [(1, 1), (2, 4), (4, 4), (9, 9)])
-def test_batches_are_padded_to_buckets(monkeypatch, images, lanes):
+@pytest.mark.parametrize(("images", "bucket"), [(1, 1), (2, 4), (4, 4), (9, 9)])
+def test_a_batch_gets_the_smallest_bucket_that_fits(monkeypatch, images, bucket):
     FakeCuda().install(monkeypatch)
-    assert CudaDevice(batch_buckets=(1, 4), graphs=True).batch_bucket(images) == lanes
+    assert CudaDevice(batch_buckets=(1, 4), graphs=True).batch_bucket(images) == bucket
 
 
-def test_twins_of_views_lie_where_the_views_lie():
-    twins, first, second = DeviceAllocations(), np.zeros((4, 8), np.float32), np.zeros(3, np.int64)
-    twins.add(first, 1000, lambda: None)
-    twins.add(second, 5000, lambda: None)
-    assert twins.address(first) == 1000
-    assert twins.address(first[2:, 3:]) == 1000 + 2 * 32 + 3 * 4
-    assert twins.address(second[1:]) == 5008
+@pytest.mark.parametrize(("count", "size"), [(1, 3), (3, 3), (4, 5), (5, 5), (6, 10), (10, 10)])
+def test_other_sizes_are_a_quarter_half_or_all_of_their_limit(monkeypatch, count, size):
+    FakeCuda().install(monkeypatch)
+    assert CudaDevice(batch_buckets=(1,), graphs=True).bucketed(count, 10) == size
+
+
+def test_a_view_lies_in_the_device_buffer_where_it_lies_in_its_array():
+    allocations, first, second = DeviceAllocations(), np.zeros((4, 8), np.float32), np.zeros(3, np.int64)
+    allocations.add(first, 1000, lambda: None)
+    allocations.add(second, 5000, lambda: None)
+    assert allocations.address(first) == 1000
+    assert allocations.address(first[2:, 3:]) == 1000 + 2 * 32 + 3 * 4
+    assert allocations.address(second[1:]) == 5008
 
 
 @pytest.mark.parametrize("arch", ["75", "87", "90", "120"])

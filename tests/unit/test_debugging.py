@@ -18,12 +18,12 @@ BLOCKS = re.findall(r"^```sh ?(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL
 ENGINE = """
 from benchmarks.gpu.compare import graph_inputs, tensorrt_network
 from polygraphy.backend.trt import EngineBytesFromNetwork
-from specdec_rt.build.builder import graph_slots
+from specdec_rt.build.bundle_graphs import bundle_graphs
 from specdec_rt.bundle import load_bundle
 
 bundle = load_bundle("digits-mar")
-slot = next(slot for slot in graph_slots(bundle.manifest) if slot.label == "adapter.backbone")
-network, config = tensorrt_network(bundle.path(slot.graph), graph_inputs(bundle, slot.graph))
+found = next(one for one in bundle_graphs(bundle.manifest) if one.label == "adapter.backbone")
+network, config = tensorrt_network(bundle.path(found.graph), graph_inputs(bundle, found.graph))
 print(len(bytes(EngineBytesFromNetwork(network, config)())))
 """
 

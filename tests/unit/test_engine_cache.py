@@ -8,9 +8,9 @@ import threading
 
 import pytest
 
-from specdec_rt.build import cache as module
-from specdec_rt.build.cache import EngineCache, EngineRecord, engine_key
-from specdec_rt.build.profile import Profile
+from specdec_rt.backends.tensorrt_builder import ShapeProfile
+from specdec_rt.build.cache import EngineCache
+from specdec_rt.build.engine_record import EngineRecord, canonical_json, engine_key
 from specdec_rt.build.trust import Signer
 from specdec_rt.errors import OutputError
 from specdec_rt.manifest import Binding
@@ -28,7 +28,7 @@ def record(name="digits", **fields):
         gpu=None,
         inputs=(Binding(name="timestep", dtype="int64", shape=("n",)),),
         outputs=(Binding(name="time_table", dtype="float32", shape=("n", 256)),),
-        profiles={"timestep": Profile((1,), (46,), (46,))},
+        profiles={"timestep": ShapeProfile((1,), (46,), (46,))},
         fields={"backend": "tensorrt-rtx", **fields},
         build_seconds=1.5,
     )
@@ -43,8 +43,14 @@ def put(cache, plan=PLAN, **fields):
 
 
 @pytest.fixture
-def signer(tmp_path):
-    return Signer(tmp_path / "state" / "secret")
+def secret(tmp_path):
+    """The file that holds this machine's secret."""
+    return tmp_path / "state" / "secret"
+
+
+@pytest.fixture
+def signer(secret):
+    return Signer(secret)
 
 
 @pytest.fixture
@@ -65,13 +71,13 @@ def test_a_key_is_of_everything_and_of_no_order():
     assert len({engine_key(fields), engine_key({**fields, "gpu": "A"}), engine_key({**fields, "profiles": {}})}) == 3
 
 
-def test_a_plan_comes_back_with_its_record(cache, signer):
+def test_a_plan_comes_back_with_its_record(cache, secret):
     key = put(cache, level=3)
-    again = EngineCache(cache.folder, signer=Signer(signer._path))
+    again = EngineCache(cache.folder, signer=Signer(secret))
     assert again.read(key) == PLAN
     found = again.lookup(key)
     assert (found.key, found.path) == (key, cache.folder / f"{key}.plan")
-    assert found.record.profiles == {"timestep": Profile((1,), (46,), (46,))}
+    assert found.record.profiles == {"timestep": ShapeProfile((1,), (46,), (46,))}
     assert found.record.fields == {"backend": "tensorrt-rtx", "level": 3}
     assert (found.record.plan_bytes, found.record.plan_sha256) == (len(PLAN), hashlib.sha256(PLAN).hexdigest())
     assert found.record.created.endswith("+00:00")
@@ -114,7 +120,7 @@ def flip(path):
 
 def resign(signer, key, content):
     """Whoever has the secret may sign."""
-    content["signature"] = signer.sign(module._canonical([key, content["record"]])).hex()
+    content["signature"] = signer.sign(canonical_json([key, content["record"]])).hex()
 
 
 DAMAGE = {
@@ -246,7 +252,7 @@ def test_nothing_half_written_remains(cache, monkeypatch, error):
     def fail(_):
         raise error
 
-    monkeypatch.setattr(module.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)  # the disk's part of writing: nothing else fails as it does
     with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
         put(cache)
     assert names(cache) == []
@@ -288,27 +294,27 @@ def test_timing_caches_are_trusted_like_engines(cache, tmp_path, caplog):
 # --- the secret --------------------------------------------------------------------------------------
 
 
-def test_the_secret_is_its_owners_alone(signer):
+def test_the_secret_is_its_owners_alone(signer, secret):
     signature = signer.sign(b"content")
-    assert signer._path.stat().st_size == 32
-    assert os.name != "posix" or signer._path.stat().st_mode & 0o777 == 0o600
-    assert Signer(signer._path).agrees(b"content", signature)
+    assert secret.stat().st_size == 32
+    assert os.name != "posix" or secret.stat().st_mode & 0o777 == 0o600
+    assert Signer(secret).agrees(b"content", signature)
     assert not signer.agrees(b"content!", signature)
 
 
-def test_a_secret_that_others_could_read_counts_no_more(signer, caplog):
+def test_a_secret_that_others_could_read_counts_no_more(signer, secret, caplog):
     signature = signer.sign(b"content")
-    signer._path.chmod(0o644)
-    assert not Signer(signer._path).agrees(b"content", signature)
+    secret.chmod(0o644)
+    assert not Signer(secret).agrees(b"content", signature)
     assert "could be read by others" in caplog.text
-    assert signer._path.stat().st_mode & 0o777 == 0o600
+    assert secret.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_damaged_secret_is_made_anew(signer, caplog):
+def test_a_damaged_secret_is_made_anew(signer, secret, caplog):
     signer.sign(b"content")
-    signer._path.write_bytes(b"short")
-    Signer(signer._path).sign(b"content")
-    assert signer._path.stat().st_size == 32
+    secret.write_bytes(b"short")
+    Signer(secret).sign(b"content")
+    assert secret.stat().st_size == 32
     assert caplog.records[0].levelno == logging.WARNING
 
 

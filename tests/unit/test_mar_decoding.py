@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from bundles import copy_bundle, edit_manifest
+from specdec_rt.decode.loop import Decoder
 
 from specdec_rt import DecodeOptions, UsageError, load
-from specdec_rt.decode.loop import Decoder
 from specdec_rt.decode.stats import Counters
 from specdec_rt.noise import NoiseSource
 

@@ -7,14 +7,12 @@ from bundles import copy_bundle, edit_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec_rt import pixels
 from specdec_rt.ar_schedule import cosine_schedule
-from specdec_rt.build import profile as profiles
 from specdec_rt.build.profile import graph_profile
 from specdec_rt.build.recipe import Recipe, default_recipe, read_recipe
 from specdec_rt.bundle import load_bundle
+from specdec_rt.capacity import Capacity
 from specdec_rt.chain import compile_chain
-from specdec_rt.decode import chain
 from specdec_rt.errors import RecipeError
 from specdec_rt.manifest import Binding, Decoder, Graph, GraphName, ImageLayout
 
@@ -117,7 +115,7 @@ def test_a_mar_pairs_calls_fit(buckets, draft_length, ar_steps):
 
 def assert_modulation_fits(model, sizes, steps, most):
     for rows in {1, min(2, most), most // 2 or 1, most}:
-        pairs = rows * chain.modulation_places(rows, model.modulation_width, steps)
+        pairs = rows * Capacity().modulation_steps(rows, model.modulation_width, steps)
         assert sizes["R"][0] <= rows <= sizes["R"][2]
         assert sizes["P"][0] <= pairs <= sizes["P"][2]
 
@@ -129,14 +127,16 @@ def test_a_batch_of_paths_is_judged_within_its_profile(name, buckets, draft_leng
     n = compile_chain(manifest.chain).length
     sizes = ranges(manifest, manifest.target, GraphName.PATH_MEANS, recipe_of(buckets, draft_length))
     rows = ranges(manifest, manifest.target, GraphName.DENOISE_STEP, recipe_of(buckets, draft_length))["R"][2]
-    assert min(rows, chain.paths_per_call(branches, manifest.target.modulation_width, n)) <= sizes["R"][2]
+    assert min(rows, Capacity().paths_per_call(branches, manifest.target.modulation_width, n)) <= sizes["R"][2]
 
 
-def test_limits_are_the_runtimes():
-    assert profiles.STATES_PER_CALL == chain.STATES_PER_CALL
-    assert profiles.MODULATION_VALUES == chain.MODULATION_VALUES
-    assert profiles.BRANCHES == chain.BRANCHES
-    assert profiles.PIXELS_PER_CALL == pixels.PIXELS_PER_CALL
+def test_profiles_follow_the_capacity():
+    manifest = MANIFESTS["digits"]
+    sizes = {}
+    for capacity in (Capacity(), Capacity(states_per_call=2**7)):
+        shapes = graph_profile(manifest, manifest.target, GraphName.PATH_MEANS, recipe_of(), capacity)
+        sizes[capacity.states_per_call] = shapes["path"].max[0]
+    assert sizes == {2**14: 64, 2**7: 2**7 // 23}
 
 
 def test_engines_are_tuned_for_what_is_usual():
@@ -222,64 +222,56 @@ def test_inputs_may_repeat_what_another_says(read):
 
 
 @pytest.mark.parametrize(
-    ("graph", "text", "line", "said"),
+    ("graph", "text", "said"),
     [
         (
             "backbone",
             "[profiles.backbone.token]\nmin = [1]\nopt = [1]\nmax = [1]",
-            2,
-            "unknown input 'token' of backbone; expected one of tokens, position, label, key_0",
+            "profiles.backbone.token: unknown input 'token' of backbone; expected one of tokens, position, label, ",
         ),
         (
             "backbone",
             "[profiles.backbone.tokens]\nmin = [1, 1]\nopt = [1, 1]\nmax = [1, 1]",
-            2,
             "profiles.backbone.tokens has 2 sizes; expected 3, as the input is [B, N, 16]",
         ),
         (
             "backbone",
             "[profiles.backbone.tokens]\nmin = [1, 1, 16]\nopt = [1, 1, 16]\nmax = [1, 1, 17]",
-            5,
             "profiles.backbone.tokens.max has 17 where the bundle's graph has a size of 16; put 16",
         ),
         (
             "backbone",
             "[profiles.backbone]\nlabel = {min=[1], opt=[2], max=[6]}\nposition = {min=[1], opt=[2], max=[7]}",
-            4,
             "profiles.backbone.position gives size B as [1, 2, 7] (min, opt, max), but label gives [1, 2, 6]",
         ),
         (
             "backbone",
             "[profiles.backbone.key_0]\nmin = [1, 6, 1, 32]\nopt = [1, 6, 9, 32]\nmax = [1, 6, 48, 32]",
-            5,
-            "size S runs from 1 to 48, which leaves out 49, a size that this bundle needs",
+            "profiles.backbone.key_0.max: size S runs from 1 to 48, which leaves out 49, a size that this bundle needs",
         ),
         (
             "time_embedding",
             "[profiles.time_embedding.timestep]\nmin = [24]\nopt = [24]\nmax = [50]",
-            3,
-            "size n runs from 24 to 50, which leaves out 23",
+            "profiles.time_embedding.timestep.min: size n runs from 24 to 50, which leaves out 23",
         ),
         (
             "denoise_step",
             "[profiles.denoise_step.coefficients]\nmin = [1, 4]\nopt = [23, 4]\nmax = [23, 4]",
-            3,
             "profiles.denoise_step.coefficients.min has 1 where the bundle's graph has size n = 23; put 23",
         ),
         (
             "path_means",
             "[profiles.path_means.path]\nmin = [1, 24, 16]\nopt = [1, 24, 16]\nmax = [1, 24, 16]",
-            3,
-            "profiles.path_means.path: size n_plus_1 runs from 24 to 24, which leaves out 2, a size that this bundle",
+            "profiles.path_means.path.min: size n_plus_1 runs from 24 to 24, which leaves out 2, a size",
         ),
     ],
 )
-def test_a_profile_that_does_not_fit_the_graph(read, graph, text, line, said):
+def test_a_profile_that_does_not_fit_the_graph(read, graph, text, said):
     manifest = MANIFESTS["digits"]
     recipe = read(text)
     with pytest.raises(RecipeError) as caught:
         graph_profile(manifest, manifest.target, GraphName(graph), recipe)
-    assert str(caught.value).startswith(f"{recipe.path}:{line}: ")
+    assert str(caught.value).startswith(f"{recipe.path}: ")
     assert said in str(caught.value)
 
 
@@ -287,7 +279,7 @@ def test_a_decoders_own_profile(read):
     manifest = with_decoder(64, 16)
     text = "[profiles.decoder.tokens]\nmin = [1, {0}, 16]\nopt = [1, {0}, 16]\nmax = [2, {0}, 16]"
     assert graph_profile(manifest, None, None, read(text.format(16)))["tokens"].max == (2, 16, 16)
-    with pytest.raises(RecipeError, match=r"my\.toml:3: profiles\.decoder\.tokens\.min has 49 where"):
+    with pytest.raises(RecipeError, match=r"my\.toml: profiles\.decoder\.tokens\.min has 49 where"):
         graph_profile(manifest, None, None, read(text.format(49)))
 
 

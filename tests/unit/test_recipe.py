@@ -127,7 +127,7 @@ def test_only_the_backend_is_required(write):
 
 
 def test_there_is_no_default_for_an_unknown_backend():
-    with pytest.raises(RecipeError, match=r"recipe: backend is 'tpu'; expected 'onnxruntime', 'cuda', 'tensorrt' or"):
+    with pytest.raises(RecipeError, match=r"recipe: backend is 'tpu'; expected 'tensorrt-rtx', 'tensorrt', 'cuda' or"):
         default_recipe("tpu")
 
 
@@ -139,10 +139,10 @@ def test_a_graph_takes_its_own_precision_or_the_default(write):
     }
 
 
-def test_windows_line_ends_count_once(tmp_path):
+def test_windows_line_ends_are_read(tmp_path):
     path = tmp_path / "my.toml"
-    path.write_bytes(b'backend = "tensorrt"\r\n\r\nthread = 1\r\n')
-    assert refusal(path).startswith(f"{path}:3: unknown key 'thread'")
+    path.write_bytes(b'backend = "tensorrt"\r\n\r\ndraft_length = 3\r\n')
+    assert read_recipe(path).draft_length == 3
 
 
 def test_recipes_that_say_the_same_are_equal_wherever_they_stand(write, tmp_path):
@@ -182,72 +182,65 @@ def test_what_decides_a_graphs_engine(write, change, changed):
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "said"),
+    ("text", "said"),
     [
-        ("", 1, "backend is missing; add 'onnxruntime', 'cuda', 'tensorrt' or 'tensorrt-rtx'"),
-        ('\nbakend = "cuda"', 2, "unknown key 'bakend'; expected 'backend', "),
-        ('\nbakend = "cuda"', 2, "(did you mean 'backend'?)"),
-        ('# tpu\nbackend = "tpu"', 2, "backend is 'tpu'; expected 'onnxruntime', 'cuda', 'tensorrt' or 'tensorrt-rtx'"),
-        ("backend = 3", 1, "backend is 3; expected 'onnxruntime'"),
-        ('backend = "cuda"\n[precison]\ndefault = "fp16"', 2, "unknown key 'precison'"),
-        ('backend = "cuda"\n[[more]]\na = 1', 2, "unknown key 'more'"),
+        ("", "backend is missing; add 'tensorrt-rtx', 'tensorrt', 'cuda' or 'onnxruntime'"),
+        ('\nbakend = "cuda"', "unknown key 'bakend'; expected 'backend', "),
+        ('\nbakend = "cuda"', "(did you mean 'backend'?)"),
+        ('# tpu\nbackend = "tpu"', "backend is 'tpu'; expected 'tensorrt-rtx', 'tensorrt', 'cuda' or 'onnxruntime'"),
+        ("backend = 3", "backend is 3; expected 'tensorrt-rtx'"),
+        ('backend = "cuda"\n[precison]\ndefault = "fp16"', "unknown key 'precison'"),
+        ('backend = "cuda"\n[[more]]\na = 1', "unknown key 'more'"),
         (
             'backend = "cuda"\n[precision]\ndefault = "fp16"\ndecode = "fp16"',
-            4,
             "unknown key 'precision.decode'; expected 'default', 'backbone', ",
         ),
         (
             'backend = "cuda"\n[precision]\n\ndefault = "fp8"',
-            4,
             "precision.default is 'fp8'; expected 'fp32', 'fp16' or",
         ),
-        ('backend = "cuda"\nprecision.path_means = 16', 2, "precision.path_means is 16; expected 'fp32'"),
-        ('backend = "cuda"\nprecision = "fp16"', 2, "precision is 'fp16'; expected a table"),
+        ('backend = "cuda"\nprecision.path_means = 16', "precision.path_means is 16; expected 'fp32'"),
+        ('backend = "cuda"\nprecision = "fp16"', "precision is 'fp16'; expected a table"),
         (
             'backend = "onnxruntime"\n[precision]\nbackbone = "bf16"',
-            3,
             "precision.backbone is 'bf16', which ONNX Runtime cannot compute in on a CPU; expected 'fp32' or 'fp16'",
         ),
         (
             'backend = "cuda"\nbatch_buckets = [1,\n 4,\n 2]',
-            2,
             "batch_buckets is [1, 4, 2]; expected ascending numbers",
         ),
         (
             'backend = "cuda"\nbatch_buckets = [4, 4]',
-            2,
             "batch_buckets is [4, 4]; expected ascending numbers, as in [4]",
         ),
-        ('backend = "cuda"\nbatch_buckets = []', 2, "batch_buckets is []; expected at least one number"),
-        ('backend = "cuda"\nbatch_buckets = 4', 2, "batch_buckets is 4; expected a list"),
-        ('backend = "cuda"\nbatch_buckets = [\n1,\n"4"]', 4, "batch_buckets.1 is '4'; expected a valid integer"),
-        ('backend = "cuda"\nbatch_buckets = [0, 1]', 2, "batch_buckets.0 is 0; expected at least 1"),
-        ('backend = "cuda"\ndraft_length = 0', 2, "draft_length is 0; expected at least 1"),
-        ('backend = "cuda"\ndraft_length = 4.0', 2, "draft_length is 4.0; expected a valid integer"),
-        ('backend = "cuda"\ndraft_length = true', 2, "draft_length is True; expected a valid integer"),
-        ('backend = "cuda"\ndraft_length = nan', 2, "draft_length is nan; expected a valid integer"),
-        ('backend = "cuda"\ndraft_length = 2024-01-01', 2, "draft_length is '2024-01-01'; expected a valid integer"),
-        ('backend = "cuda"\ncuda_graphs = "yes"', 2, "cuda_graphs is 'yes'; expected a valid boolean"),
-        ('backend = "tensorrt"\nbuilder_level = 6', 2, "builder_level is 6; expected at most 5"),
-        ('backend = "tensorrt"\nworkspace_mib = -1', 2, "workspace_mib is -1; expected at least 1"),
-        ('backend = "onnxruntime"\nthreads = 0', 2, "threads is 0; expected at least 1"),
+        ('backend = "cuda"\nbatch_buckets = []', "batch_buckets is []; expected at least one number"),
+        ('backend = "cuda"\nbatch_buckets = 4', "batch_buckets is 4; expected a list"),
+        ('backend = "cuda"\nbatch_buckets = [\n1,\n"4"]', "batch_buckets.1 is '4'; expected a valid integer"),
+        ('backend = "cuda"\nbatch_buckets = [0, 1]', "batch_buckets.0 is 0; expected at least 1"),
+        ('backend = "cuda"\ndraft_length = 0', "draft_length is 0; expected at least 1"),
+        ('backend = "cuda"\ndraft_length = 4.0', "draft_length is 4.0; expected a valid integer"),
+        ('backend = "cuda"\ndraft_length = true', "draft_length is True; expected a valid integer"),
+        ('backend = "cuda"\ndraft_length = nan', "draft_length is nan; expected a valid integer"),
+        ('backend = "cuda"\ndraft_length = 2024-01-01', "draft_length is '2024-01-01'; expected a valid integer"),
+        ('backend = "cuda"\ncuda_graphs = "yes"', "cuda_graphs is 'yes'; expected a valid boolean"),
+        ('backend = "tensorrt"\nbuilder_level = 6', "builder_level is 6; expected at most 5"),
+        ('backend = "tensorrt"\nworkspace_mib = -1', "workspace_mib is -1; expected at least 1"),
+        ('backend = "onnxruntime"\nthreads = 0', "threads is 0; expected at least 1"),
         (
             'backend = "tensorrt-rtx"\ncompute_capabilities = ["sm89"]',
-            2,
             "compute_capabilities.0 is 'sm89'; expected a compute capability as in '8.9'",
         ),
         (
             'backend = "tensorrt-rtx"\ncompute_capabilities = ["8.9", "8.9"]',
-            2,
             "compute_capabilities is ['8.9', '8.9']; expected each once",
         ),
-        ('backend = "tensorrt"\nprofiles = 3', 2, "profiles is 3; expected a table"),
+        ('backend = "tensorrt"\nprofiles = 3', "profiles is 3; expected a table"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(write, text, line, said):
+def test_what_is_wrong_is_named_with_its_key(write, text, said):
     path = write(text)
     message = refusal(path)
-    assert message.startswith(f"{path}:{line}: ")
+    assert message.startswith(f"{path}: ")
     assert said in message
 
 
@@ -256,77 +249,75 @@ def test_what_is_wrong_is_named_with_its_line(write, text, line, said):
     [
         ("tensorrt", "threads = 2", "'onnxruntime'"),
         ("cuda", "threads = 2", "'onnxruntime'"),
-        ("onnxruntime", "cuda_graphs = true", "'cuda', 'tensorrt' or 'tensorrt-rtx'"),
-        ("cuda", "builder_level = 3", "'tensorrt' or 'tensorrt-rtx'"),
-        ("onnxruntime", "workspace_mib = 1024", "'tensorrt' or 'tensorrt-rtx'"),
+        ("onnxruntime", "cuda_graphs = true", "'tensorrt-rtx', 'tensorrt' or 'cuda'"),
+        ("cuda", "builder_level = 3", "'tensorrt-rtx' or 'tensorrt'"),
+        ("onnxruntime", "workspace_mib = 1024", "'tensorrt-rtx' or 'tensorrt'"),
         ("onnxruntime", "timing_cache = true", "'tensorrt'"),
         ("tensorrt-rtx", "timing_cache = true", "'tensorrt'"),
         ("tensorrt", 'compute_capabilities = ["8.9"]', "'tensorrt-rtx'"),
-        ("cuda", "profiles = {}", "'tensorrt' or 'tensorrt-rtx'"),
+        ("cuda", "profiles = {}", "'tensorrt-rtx' or 'tensorrt'"),
     ],
 )
 def test_a_key_that_means_nothing_for_the_backend(write, backend, key, able):
     path = write(f'{key}\n\nbackend = "{backend}"\n')
     name = key.split(" =")[0]
-    assert refusal(path) == f"{path}:1: {name} means nothing for backend '{backend}', only for {able}; remove it"
+    assert refusal(path) == f"{path}: {name} means nothing for backend '{backend}', only for {able}; remove it"
 
 
 @pytest.mark.parametrize(
-    ("profile", "line", "said"),
+    ("profile", "said"),
     [
-        ("[profiles.bakbone.tokens]", 2, "unknown graph 'bakbone' in profiles; expected 'backbone', "),
-        ("[profiles.backbone.tokens]\nmin = [1]\nopt = [1]", 2, "profiles.backbone.tokens.max is missing; add it"),
-        ("[profiles.backbone]\nmin = [1]", 3, "profiles.backbone.min is [1]; expected a table"),
+        ("[profiles.bakbone.tokens]", "unknown graph 'bakbone' in profiles; expected 'backbone', "),
+        ("[profiles.backbone.tokens]\nmin = [1]\nopt = [1]", "profiles.backbone.tokens.max is missing; add it"),
+        ("[profiles.backbone]\nmin = [1]", "profiles.backbone.min is [1]; expected a table"),
         (
             "[profiles.backbone.tokens]\nmin = [1]\nmid = [1]\nopt = [1]\nmax = [1]",
-            4,
             "unknown key 'profiles.backbone.tokens.mid'; expected 'min', 'opt' or 'max'",
         ),
         (
             "[profiles.backbone.tokens]\nmin = [2]\nopt = [1]\nmax = [2]",
-            4,
             "profiles.backbone.tokens.opt is [1], but min is [2]; expected min <= opt <= max",
         ),
         (
             "[profiles.backbone.tokens]\nmin = [1, 1]\nopt = [2, 2]\nmax = [9, 1]",
-            5,
             "profiles.backbone.tokens.max is [9, 1], but opt is [2, 2]; expected min <= opt <= max",
         ),
         (
             "[profiles.backbone.tokens]\nmin = [1, 1]\nopt = [2, 2]\nmax = [9]",
-            5,
             "profiles.backbone.tokens.max is [9], but opt is [2, 2]; expected as many sizes in both",
         ),
         (
             "[profiles.backbone]\nlabel = {min = [0], opt = [1], max = [1]}",
-            3,
             "profiles.backbone.label.min.0 is 0; expected at least 1",
         ),
     ],
 )
-def test_a_profile_of_no_possible_shape(write, profile, line, said):
+def test_a_profile_of_no_possible_shape(write, profile, said):
     path = write(f'backend = "tensorrt"\n{profile}\n')
     message = refusal(path)
-    assert message.startswith(f"{path}:{line}: ")
+    assert message.startswith(f"{path}: ")
     assert said in message
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "said"),
+    ("text", "said"),
     [
-        ("backend = ", 1, "is not TOML: invalid value"),
-        ('a = 1\nbackend = "cuda" x', 2, "is not TOML: expected newline or end of document"),
-        ('backend = "cuda"\n\nbackend = "cuda"\n', 3, "is not TOML: cannot overwrite a value"),
-        ("a = 1\n[precision\n", 2, "is not TOML: expected ']'"),
-        ("a = 1\nb = [1,\n2\n\n\n", 3, "is not TOML: unclosed array, at the end"),
-        ("x = " + "[" * 5000 + "]" * 5000, 1, "is not TOML that can be read"),
-        ("x = " + "9" * 5000, 1, "is not TOML that can be read"),
+        ("backend = ", "is not TOML: invalid value (at end of document); see"),
+        (
+            'a = 1\nbackend = "cuda" x',
+            "is not TOML: expected newline or end of document after a statement (at line 2,",
+        ),
+        ('backend = "cuda"\n\nbackend = "cuda"\n', "is not TOML: cannot overwrite a value (at line 3"),
+        ("a = 1\n[precision\n", "is not TOML: expected ']'"),
+        ("a = 1\nb = [1,\n2\n\n\n", "is not TOML: unclosed array (at end of document); see"),
+        ("x = " + "[" * 5000 + "]" * 5000, "is not TOML that can be read"),
+        ("x = " + "9" * 5000, "is not TOML that can be read"),
     ],
 )
-def test_what_is_no_toml(write, text, line, said):
+def test_what_is_no_toml(write, text, said):
     path = write(text)
     message = refusal(path)
-    assert message.startswith(f"{path}:{line}: ")
+    assert message.startswith(f"{path}: ")
     assert said in message
     assert message.endswith("see https://toml.io")
 
@@ -334,7 +325,7 @@ def test_what_is_no_toml(write, text, line, said):
 def test_what_is_no_text(tmp_path):
     path = tmp_path / "my.toml"
     path.write_bytes(b'backend = "cuda"\n# \xff\n')
-    assert refusal(path) == f"{path}:2: is not UTF-8 text; save the file as UTF-8"
+    assert refusal(path) == f"{path}: line 2 is not UTF-8 text; save the file as UTF-8"
 
 
 @pytest.mark.parametrize("name", ["nothing.toml", ".", "a\0b"])

@@ -5,11 +5,11 @@ import pytest
 from bundles import copy_bundle, edit_manifest
 from hypothesis import given
 from hypothesis import strategies as st
+from specdec_rt.decode.redraft import evaluations, held_factors, make_redraft
 
 from specdec_rt import DecodeOptions, load
 from specdec_rt.chain import ChainSpec, compile_chain
 from specdec_rt.decode import chain, plan, redraft
-from specdec_rt.decode.redraft import evaluations, held_factors, make_redraft
 
 LABELS = np.arange(12) % 10
 CLOSE = 2e-4

@@ -5,12 +5,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from fake_cuda import FakeBackend, FakeCuda
+from specdec_rt.decode.loop import Decoder
+from specdec_rt.decode.steps import Steps
 
 from specdec_rt import Pipeline, load
 from specdec_rt.backends.cuda import CudaDevice
 from specdec_rt.bundle import load_bundle
-from specdec_rt.decode.loop import Decoder
-from specdec_rt.decode.steps import Steps
 
 CLOSE = {"digits": 1e-4, "digits-mar": 1e-3}
 """Rounding between batch shapes may move a token by this much."""

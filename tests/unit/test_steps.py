@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from fake_cuda import FakeBackend, FakeCuda
+from specdec_rt.decode.steps import Steps
 
 from specdec_rt import BackendError, DecodeOptions, Pipeline, load
 from specdec_rt.backends.cuda import CudaDevice
 from specdec_rt.bundle import load_bundle
 from specdec_rt.decode import chain, redraft
-from specdec_rt.decode.steps import Steps
 
 CLOSE = 2e-4
 """Rounding between batch shapes may move a token by this much."""

@@ -12,21 +12,21 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from specdec_rt.backends import tensorrt as wrapper
-from specdec_rt.backends import tensorrt_engine
-from specdec_rt.backends.availability import gpu
-from specdec_rt.backends.tensorrt import BuildSettings, build_plan, deserialise, probe
-from specdec_rt.build.profile import Profile
+from specdec_rt.backends import tensorrt_builder, tensorrt_engine, tensorrt_module, tensorrt_progress
+from specdec_rt.backends.nvidia_driver import find_gpu
+from specdec_rt.backends.tensorrt_builder import BuildSettings, ShapeProfile, build_engine, configure
+from specdec_rt.backends.tensorrt_engine import load_engine
+from specdec_rt.backends.tensorrt_module import REQUIRED_NAMES, capabilities_of, has_name, probe
 from specdec_rt.bundle import load_bundle
 from specdec_rt.errors import BackendError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tensorrt_names.json"
 SETTINGS = BuildSettings(builder_level=0)
-STEPS = {"timestep": Profile((1,), (46,), (50,))}
+STEPS = {"timestep": ShapeProfile((1,), (46,), (50,))}
 
 
 @pytest.fixture(scope="module")
-def flavour():
+def tensorrt():
     pytest.importorskip("tensorrt_rtx")
     return probe("tensorrt-rtx")
 
@@ -43,7 +43,7 @@ def save_attention(path, dtype=TensorProto.FLOAT, op="Attention"):
     output = helper.make_tensor_value_info("y", dtype, ["B", 2, "S", 16])
     graph = helper.make_graph([helper.make_node(op, ["q", "k", "v"], ["y"], name="attend")], "graph", inputs, [output])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
-    return {name: Profile((1, 2, 1, 16), (2, 2, 8, 16), (2, 2, 16, 16)) for name in ("q", "k", "v")}
+    return {name: ShapeProfile((1, 2, 1, 16), (2, 2, 8, 16), (2, 2, 16, 16)) for name in ("q", "k", "v")}
 
 
 # --- names -------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ ROLES = {
 }
 """What the sources call TensorRT's objects, with an underscore before it or none, and their classes."""
 
-SOURCES = (wrapper, tensorrt_engine)
+SOURCES = (tensorrt_module, tensorrt_builder, tensorrt_progress, tensorrt_engine)
 
 GUARDED = {
     "attention": {
@@ -136,15 +136,15 @@ def test_the_walk_finds_the_names():
 @pytest.mark.parametrize("version", ["10.13", "11.4"])
 def test_every_name_is_in_the_published_bindings(version):
     names = published(version)
-    capabilities = wrapper._capabilities(standing(names))
+    capabilities = capabilities_of(standing(names))
     guarded = set().union(*(group for name, group in GUARDED.items() if not getattr(capabilities, name)))
     assert used_names() - names == guarded & used_names()
-    assert set(wrapper._NEEDED) <= names
+    assert set(REQUIRED_NAMES) <= names
 
 
-def test_every_name_is_in_tensorrt_rtx(flavour):
-    names = used_names() | set(wrapper._NEEDED)
-    assert {name for name in names if not wrapper._has(flavour.module, name)} == set()
+def test_every_name_is_in_tensorrt_rtx(tensorrt):
+    names = used_names() | set(REQUIRED_NAMES)
+    assert {name for name in names if not has_name(tensorrt.module, name)} == set()
 
 
 def test_guards_stand_for_names_that_are_used():
@@ -152,7 +152,7 @@ def test_guards_stand_for_names_that_are_used():
 
 
 def test_what_tensorrt_10_and_11_can_do():
-    ten, eleven = (wrapper._capabilities(standing(published(version))) for version in ("10.13", "11.4"))
+    ten, eleven = (capabilities_of(standing(published(version))) for version in ("10.13", "11.4"))
     assert (ten.strongly_typed_only, eleven.strongly_typed_only) == (False, True)
     assert (ten.attention, eleven.attention) == (False, True)
     for found in (ten, eleven):
@@ -165,9 +165,9 @@ def test_what_tensorrt_10_and_11_can_do():
 # --- probing -----------------------------------------------------------------------------------------
 
 
-def test_what_tensorrt_rtx_can_do(flavour):
-    found = flavour.capabilities
-    assert flavour.title == f"TensorRT-RTX {flavour.version}"
+def test_what_tensorrt_rtx_can_do(tensorrt):
+    found = tensorrt.capabilities
+    assert tensorrt.title == f"TensorRT-RTX {tensorrt.version}"
     assert found.strongly_typed_only
     assert found.user_allocation
     assert found.runtime_cache
@@ -200,7 +200,7 @@ def test_a_module_that_cannot_be_used(monkeypatch, tmp_path, content, said):
 
 def test_importing_the_wrapper_imports_no_library():
     script = (
-        "import sys, specdec_rt.backends.tensorrt, specdec_rt.build.builder\n"
+        "import sys, specdec_rt.backends.tensorrt_engine, specdec_rt.build.builder\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('tensorrt', 'tensorrt_rtx', 'cuda')])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -210,14 +210,14 @@ def test_importing_the_wrapper_imports_no_library():
 # --- building ----------------------------------------------------------------------------------------
 
 
-def test_a_plan_and_its_progress(flavour, time_embedding):
+def test_a_plan_and_its_progress(tensorrt, time_embedding):
     seen = []
 
     def progress(phase, done, total):
         seen.append((phase, done, total))
         return True
 
-    plan = build_plan(flavour, time_embedding, STEPS, settings=SETTINGS, progress=progress)
+    plan = build_engine(tensorrt, time_embedding, STEPS, settings=SETTINGS, progress=progress)
     assert plan.plan[1:4] == b"trt"
     assert plan.timing_cache is None
     assert len({phase for phase, _, _ in seen}) > 3
@@ -225,39 +225,39 @@ def test_a_plan_and_its_progress(flavour, time_embedding):
 
 
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
-def test_attention_builds_in_every_type(flavour, tmp_path, dtype):
+def test_attention_builds_in_every_type(tensorrt, tmp_path, dtype):
     profiles = save_attention(tmp_path / "graph.onnx", dtype)
-    assert build_plan(flavour, tmp_path / "graph.onnx", profiles, settings=SETTINGS).plan
+    assert build_engine(tensorrt, tmp_path / "graph.onnx", profiles, settings=SETTINGS).plan
 
 
-def test_what_tensorrt_cannot_build_is_told_in_its_words(flavour, tmp_path, capfd):
+def test_what_tensorrt_cannot_build_is_told_in_its_words(tensorrt, tmp_path, capfd):
     profiles = save_attention(tmp_path / "graph.onnx")
-    unmarked = replace(flavour, capabilities=replace(flavour.capabilities, attention=False))
+    unmarked = replace(tensorrt, capabilities=replace(tensorrt.capabilities, attention=False))
     with pytest.raises(BackendError, match=r"cannot build .*graph\.onnx: .*Attention operation was not supported"):
-        build_plan(unmarked, tmp_path / "graph.onnx", profiles, settings=SETTINGS)
+        build_engine(unmarked, tmp_path / "graph.onnx", profiles, settings=SETTINGS)
     capfd.readouterr()  # TensorRT prints it, too
 
 
-def test_too_little_scratch_memory_names_the_recipes_key(flavour, capfd):
+def test_too_little_scratch_memory_names_the_recipes_key(tensorrt, capfd):
     bundle = load_bundle("digits")
     path = bundle.path(bundle.manifest.target.graphs["path_means"])
     sizes = {"G": 2, "R": 2**14, "n": 23, "n_plus_1": 24}
     profiles = {
-        binding.name: Profile(*3 * (tuple(sizes.get(size, size) for size in binding.shape),))
+        binding.name: ShapeProfile(*3 * (tuple(sizes.get(size, size) for size in binding.shape),))
         for binding in bundle.manifest.target.graphs["path_means"].inputs
         if any(isinstance(size, str) for size in binding.shape)
     }
     with pytest.raises(BackendError, match=r"may have 1 MiB: raise workspace_mib in the recipe, or build for smaller"):
-        build_plan(flavour, path, profiles, settings=BuildSettings(workspace_bytes=2**20))
+        build_engine(tensorrt, path, profiles, settings=BuildSettings(workspace_bytes=2**20))
     capfd.readouterr()
 
 
-def test_a_node_that_cannot_be_read_is_named(flavour, tmp_path):
+def test_a_node_that_cannot_be_read_is_named(tensorrt, tmp_path):
     profiles = save_attention(tmp_path / "graph.onnx", op="Nonsense")
     with pytest.raises(BackendError, match=r"cannot read .*graph\.onnx: node 'attend' \(Nonsense\): .*not found"):
-        build_plan(flavour, tmp_path / "graph.onnx", profiles, settings=SETTINGS)
+        build_engine(tensorrt, tmp_path / "graph.onnx", profiles, settings=SETTINGS)
     with pytest.raises(BackendError, match=r"cannot read .*missing\.onnx: .*cannot be found"):
-        build_plan(flavour, tmp_path / "missing.onnx", profiles, settings=SETTINGS)
+        build_engine(tensorrt, tmp_path / "missing.onnx", profiles, settings=SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -265,63 +265,68 @@ def test_a_node_that_cannot_be_read_is_named(flavour, tmp_path):
     [
         ({}, r"needs profiles of \['timestep'\].*got \[\]"),
         ({**STEPS, "other": STEPS["timestep"]}, r"got \['other', 'timestep'\]"),
-        ({"timestep": Profile((1, 1), (1, 1), (1, 1))}, r"\(1, 1\) to \(1, 1\).*does not fit its shape \(-1,\)"),
-        ({"timestep": Profile((5,), (4,), (6,))}, "does not fit its shape"),
+        ({"timestep": ShapeProfile((1, 1), (1, 1), (1, 1))}, r"\(1, 1\) to \(1, 1\).*does not fit its shape \(-1,\)"),
+        ({"timestep": ShapeProfile((5,), (4,), (6,))}, "does not fit its shape"),
     ],
 )
-def test_profiles_that_do_not_fit(flavour, time_embedding, profiles, said):
+def test_profiles_that_do_not_fit(tensorrt, time_embedding, profiles, said):
     with pytest.raises(BackendError, match=said):
-        build_plan(flavour, time_embedding, profiles, settings=SETTINGS)
+        build_engine(tensorrt, time_embedding, profiles, settings=SETTINGS)
 
 
-def test_compute_capabilities(flavour, time_embedding):
-    assert build_plan(flavour, time_embedding, STEPS, settings=BuildSettings(compute_capabilities=["8.9", "12.0"])).plan
+def test_compute_capabilities(tensorrt, time_embedding):
+    assert build_engine(
+        tensorrt, time_embedding, STEPS, settings=BuildSettings(compute_capabilities=["8.9", "12.0"])
+    ).plan
     with pytest.raises(BackendError, match=r"no engine ahead for compute capability 5\.0; expected some of 7\.5, 8\.0"):
-        build_plan(flavour, time_embedding, STEPS, settings=BuildSettings(compute_capabilities=["8.9", "5.0"]))
+        build_engine(tensorrt, time_embedding, STEPS, settings=BuildSettings(compute_capabilities=["8.9", "5.0"]))
 
 
-def test_progress_cancels(flavour, time_embedding):
+def test_progress_cancels(tensorrt, time_embedding):
     seen = []
     with pytest.raises(BackendError, match="was cancelled"):
-        build_plan(
-            flavour, time_embedding, STEPS, settings=SETTINGS, progress=lambda *_: seen.append(1) or len(seen) < 5
+        build_engine(
+            tensorrt, time_embedding, STEPS, settings=SETTINGS, progress=lambda *_: seen.append(1) or len(seen) < 5
         )
     assert len(seen) == 5
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
-def test_what_progress_raises_ends_the_build_and_comes_out(flavour, time_embedding, error):
+def test_what_progress_raises_ends_the_build_and_comes_out(tensorrt, time_embedding, error):
     def fail(*_):
         raise error
 
     with pytest.raises(type(error)) as caught:
-        build_plan(flavour, time_embedding, STEPS, settings=SETTINGS, progress=fail)
+        build_engine(tensorrt, time_embedding, STEPS, settings=SETTINGS, progress=fail)
     assert caught.value is error
 
 
-def test_a_timing_cache_is_used_and_returned(flavour, time_embedding):
+def test_a_timing_cache_is_used_and_returned(tensorrt, time_embedding):
     """TensorRT-RTX has the functions; they do nothing and say so."""
-    timing = replace(flavour, capabilities=replace(flavour.capabilities, timing_cache=True))
+    timing = replace(tensorrt, capabilities=replace(tensorrt.capabilities, timing_cache=True))
     with pytest.warns(DeprecationWarning, match="no-ops"):
-        made = build_plan(timing, time_embedding, STEPS, settings=BuildSettings(timing_cache=b""))
+        made = build_engine(timing, time_embedding, STEPS, settings=BuildSettings(timing_cache=b""))
     assert made.timing_cache is not None
 
 
-@pytest.mark.skipif(gpu() is not None, reason="for machines without a GPU")
-def test_without_a_driver_engines_are_not_loaded(flavour, time_embedding):
-    plan = build_plan(flavour, time_embedding, STEPS, settings=SETTINGS).plan
+@pytest.mark.skipif(find_gpu() is not None, reason="for machines without a GPU")
+def test_without_a_driver_engines_are_not_loaded(tensorrt, time_embedding):
+    plan = build_engine(tensorrt, time_embedding, STEPS, settings=SETTINGS).plan
     with pytest.raises(BackendError, match=r"cannot load an engine: .*driver.*specdec-rt doctor"):
-        deserialise(flavour, plan)
+        load_engine(tensorrt, plan)
 
 
-def test_builds_leave_out_tf32_and_plans_run_no_host_code(monkeypatch):
-    """Neither shows on a machine without a GPU: seen where the module is told."""
-    flavour = probe("tensorrt-rtx")
-    trt = flavour.module
-    config = trt.Builder(wrapper._logger(trt)).create_builder_config()
+def test_builds_leave_out_tf32(tensorrt):
+    """It does not show on a machine without a GPU: seen where the module is told."""
+    trt = tensorrt.module
+    config = trt.Builder(tensorrt.logger).create_builder_config()
     assert config.get_flag(trt.BuilderFlag.TF32)
-    wrapper._configure(flavour, config, BuildSettings())
+    configure(tensorrt, config, BuildSettings())
     assert not config.get_flag(trt.BuilderFlag.TF32)
+
+
+def test_plans_run_no_host_code(tensorrt):
+    """A runtime takes TensorRT's place: without a GPU the real one loads nothing."""
 
     class Runtime:
         engine_host_code_allowed = True
@@ -332,5 +337,6 @@ def test_builds_leave_out_tf32_and_plans_run_no_host_code(monkeypatch):
         def deserialize_cuda_engine(self, plan):
             return plan, self.engine_host_code_allowed
 
-    monkeypatch.setattr(trt, "Runtime", Runtime)
-    assert deserialise(flavour, b"plan") == (b"plan", False)
+    module = ModuleType("trt")
+    module.Runtime, module.ILogger = Runtime, tensorrt.module.ILogger
+    assert load_engine(replace(tensorrt, module=module), b"plan") == (b"plan", False)
