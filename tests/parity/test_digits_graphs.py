@@ -40,7 +40,7 @@ def test_cached_decoding_equals_the_training_form(pipeline, pair, draft):
     torch_model = pair.target if draft is None else pair.drafts[draft]
     backbone = getattr(torch_model, "backbone", torch_model)
     expected = backbone(torch.from_numpy(tokens), torch.from_numpy(labels)).numpy()
-    model = pipeline.session(DecodeOptions(draft=draft or "adapter", guidance=1.0)).steps.models[draft is not None]
+    model = pipeline.setup(DecodeOptions(draft=draft or "adapter", guidance=1.0)).session.models[draft is not None]
     model.backbone.begin(labels)
     found, done = [], 0
     for length in [1, 2, 1, 5, 30, 10]:
@@ -56,7 +56,7 @@ def test_abandoned_drafts_leave_no_trace(pipeline):
     _, before, labels = inputs(pipeline)
     results = []
     for junk in (0.0, 100.0):
-        backbone = pipeline.session(DecodeOptions(guidance=1.0)).target.backbone
+        backbone = pipeline.setup(DecodeOptions(guidance=1.0)).target.backbone
         backbone.begin(labels)
         backbone.feed(before[:, :10], np.zeros(BATCH, np.int64))
         backbone.feed(before[:, 10:13] + junk, np.full(BATCH, 10))
@@ -68,14 +68,14 @@ def test_images_stand_at_positions_of_their_own(pipeline):
     """A batched call at different positions equals a call for each image, also after images have left the batch."""
     _, before, labels = inputs(pipeline)
     position = np.array([3, 0, 7])
-    joint = pipeline.session(DecodeOptions(guidance=1.0)).target.backbone
+    joint = pipeline.setup(DecodeOptions(guidance=1.0)).target.backbone
     joint.begin(labels)
     joint.feed(before[:, :9], np.zeros(BATCH, np.int64))
     kept = np.array([0, 2])
-    joint.select(kept)
+    joint.keep(kept)
     z = joint.feed(np.stack([before[b, position[b] : position[b] + 2] for b in kept]), position[kept])
     for row, b in enumerate(kept):
-        single = pipeline.session(DecodeOptions(guidance=1.0)).target.backbone
+        single = pipeline.setup(DecodeOptions(guidance=1.0)).target.backbone
         single.begin(labels[b : b + 1])
         single.feed(before[b : b + 1, :9], np.zeros(1, np.int64))
         alone = single.feed(before[b : b + 1, position[b] : position[b] + 2], position[b : b + 1])
@@ -89,17 +89,16 @@ def test_a_chain_equals_torch(pipeline, pair, draft, scale):
     """Every transition of the shipped chain is the formula's, with torch's prediction; also with guidance."""
     chain = compile_chain(pipeline.bundle.manifest.chain)
     head = (pair.target if draft is None else pair.drafts[draft]).head
-    session = pipeline.session(DecodeOptions(draft=draft or "adapter", guidance=scale))
-    engine = session.steps.models[draft is not None].head
+    setup = pipeline.setup(DecodeOptions(draft=draft or "adapter", guidance=scale))
+    engine = setup.session.models[draft is not None].head
     rng = np.random.default_rng(1)
     rows, branches = 5, 1 if scale == 1 else 2
     z = rng.standard_normal((branches, rows, engine.z_dim), dtype=np.float32)
-    guidance = session.plan.guidance_at(rng.integers(0, 49, rows))
-    start = rng.standard_normal((rows, engine.token_dim), dtype=np.float32)
-    noise = rng.standard_normal((rows, chain.length, engine.token_dim), dtype=np.float32)
-    drawn = engine.sample(z, guidance, start, noise)
+    guidance = setup.plan.guidance_at(rng.integers(0, 49, rows))
+    normals = rng.standard_normal((rows, 1 + chain.length, engine.token_dim), dtype=np.float32)  # x_T, then noise
+    drawn = engine.sample(z, guidance, normals)
 
-    state = torch.from_numpy(start)
+    state, noise = torch.from_numpy(normals[:, 0]), normals[:, 1:]
     for j in range(chain.length):
         condition = head.time_embed(torch.tensor([chain.timestep[j]])) + head.cond_embed(torch.from_numpy(z))
         predictions = head(state.expand(branches, -1, -1), condition)
