@@ -33,25 +33,6 @@ def run(folder, graph, **inputs):
     return session.run(None, inputs)
 
 
-@pytest.mark.parametrize("bundle", ["stock", "exact"])
-def test_graphs_are_as_the_manifest_says(request, bundle):
-    folder = request.getfixturevalue(bundle)
-    manifest = load_bundle(folder).manifest
-    models = [manifest.target, *manifest.drafts.values()]
-    graphs = [graph for model in models for graph in model.graphs.values()]
-    for graph in [*graphs, *([manifest.decoder.graph] if manifest.decoder else [])]:
-        onnx.checker.check_model(str(folder / graph.file), full_check=True)
-        model = onnx.load(folder / graph.file, load_external_data=False)
-        assert {entry.version for entry in model.opset_import if not entry.domain} == {OPSET}
-        assert not {node.op_type for node in model.graph.node} & {"NonZero", "Attention", "If", "Loop"}
-        for values, bindings in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):
-            found = [
-                (value.name, tuple(size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim))
-                for value in values
-            ]
-            assert found == [(binding.name, binding.shape) for binding in bindings]
-
-
 def test_graphs_of_a_head_share_its_weights(stock):
     weights = {}
     for name in ("backbone", "modulation", "denoise_step", "path_means"):
@@ -132,6 +113,19 @@ def test_the_stock_chain_ends_without_noise(stock, recorded):
     assert np.isfinite(mean).all()
 
 
+def test_a_tokens_values_stand_channel_by_channel():
+    """As in the reference: x.reshape(B, h, w, c, p, p), then einsum nhwcpq->nchpwq."""
+
+    class Latents(torch.nn.Module):
+        def forward(self, latents):
+            return latents
+
+    tokens = torch.randn(2, 9, 4 * 2 * 2)
+    latents = torch.einsum("nhwcpq->nchpwq", tokens.reshape(2, 3, 3, 4, 2, 2)).reshape(2, 4, 6, 6)
+    found = DecoderGraph(Latents(), patch=2)(tokens)
+    torch.testing.assert_close(found.permute(0, 3, 1, 2) * LATENT_SCALE, latents)
+
+
 def test_a_fixed_chain_ignores_what_the_head_says_of_variances(exact, pair, recorded):
     chain = compile_chain(pair.chain)
     state = recorded["head_x"]
@@ -158,14 +152,20 @@ def test_pixels_are_the_vaes(exact):
     assert relative_error(pixels, expected.permute(0, 2, 3, 1).numpy()) <= 1e-4
 
 
-def test_a_tokens_values_stand_channel_by_channel():
-    """As in the reference: x.reshape(B, h, w, c, p, p), then einsum nhwcpq->nchpwq."""
-
-    class Latents(torch.nn.Module):
-        def forward(self, latents):
-            return latents
-
-    tokens = torch.randn(2, 9, 4 * 2 * 2)
-    latents = torch.einsum("nhwcpq->nchpwq", tokens.reshape(2, 3, 3, 4, 2, 2)).reshape(2, 4, 6, 6)
-    found = DecoderGraph(Latents(), patch=2)(tokens)
-    torch.testing.assert_close(found.permute(0, 3, 1, 2) * LATENT_SCALE, latents)
+@pytest.mark.parametrize("bundle", ["stock", "exact"])
+def test_graphs_are_as_the_manifest_says(request, bundle):
+    folder = request.getfixturevalue(bundle)
+    manifest = load_bundle(folder).manifest
+    models = [manifest.target, *manifest.drafts.values()]
+    graphs = [graph for model in models for graph in model.graphs.values()]
+    for graph in [*graphs, *([manifest.decoder.graph] if manifest.decoder else [])]:
+        onnx.checker.check_model(str(folder / graph.file), full_check=True)
+        model = onnx.load(folder / graph.file, load_external_data=False)
+        assert {entry.version for entry in model.opset_import if not entry.domain} == {OPSET}
+        assert not {node.op_type for node in model.graph.node} & {"NonZero", "Attention", "If", "Loop"}
+        for values, bindings in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):
+            found = [
+                (value.name, tuple(size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim))
+                for value in values
+            ]
+            assert found == [(binding.name, binding.shape) for binding in bindings]

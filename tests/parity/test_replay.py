@@ -12,6 +12,8 @@ from export.replay import replay
 from specdec_rt import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+STEPS = 21
+"""Denoising steps of the model of other sizes."""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,33 @@ def failures(pipeline, arrays, folder):
     path = folder / "altered.npz"
     np.savez(path, **arrays)
     return {comparison.name for comparison in replay(pipeline, path) if not comparison.passed}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A model of other sizes than the reference, whose patches are 2 x 2 latent positions, and its bundle."""
+    folder, model = tmp_path_factory.mktemp("other"), random_mar()
+    save_published(model, folder / "model.pth", num_sampling_steps=str(STEPS))
+    argv = ["--checkpoint", folder / "model.pth", "--compute", "fp32", "--out", folder / "bundle"]
+    assert export_mar([str(word) for word in argv]) == 0
+    return model, load(folder / "bundle")
+
+
+@pytest.mark.parametrize(
+    "recording",
+    [
+        pytest.param(
+            {"ar_steps": 5, "guidance": 3.5, "schedule": "constant", "temperature": 1.0}, id="constant guidance"
+        ),
+        pytest.param({"ar_steps": 9, "guidance": 1.5, "schedule": "linear", "temperature": 0.9}, id="a token a step"),
+    ],
+)
+def test_a_model_of_other_sizes_passes(other, tmp_path, recording):
+    model, pipeline = other
+    arrays = record(model, steps=STEPS, **recording)
+    assert failures(pipeline, arrays, tmp_path) == set()
+    altered = {**arrays, "image_cfg": arrays["image_cfg"] * np.float32(1.01)}
+    assert failures(pipeline, altered, tmp_path) == {"image_cfg"}
 
 
 def test_the_public_references_recording_passes(stock, capsys):
@@ -116,33 +145,3 @@ def test_the_command_says_no_by_its_exit_code(stock, recorded, tmp_path, capsys)
     assert parity([str(stock), str(tmp_path / "one.npy")]) == 2
     assert parity(["digits", str(path)]) == 2
     assert "family 'causal'" in capsys.readouterr().err
-
-
-STEPS = 21
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """A model of other sizes than the reference, whose patches are 2 x 2 latent positions, and its bundle."""
-    folder, model = tmp_path_factory.mktemp("other"), random_mar()
-    save_published(model, folder / "model.pth", num_sampling_steps=str(STEPS))
-    argv = ["--checkpoint", folder / "model.pth", "--compute", "fp32", "--out", folder / "bundle"]
-    assert export_mar([str(word) for word in argv]) == 0
-    return model, load(folder / "bundle")
-
-
-@pytest.mark.parametrize(
-    "recording",
-    [
-        pytest.param(
-            {"ar_steps": 5, "guidance": 3.5, "schedule": "constant", "temperature": 1.0}, id="constant guidance"
-        ),
-        pytest.param({"ar_steps": 9, "guidance": 1.5, "schedule": "linear", "temperature": 0.9}, id="a token a step"),
-    ],
-)
-def test_a_model_of_other_sizes_passes(other, tmp_path, recording):
-    model, pipeline = other
-    arrays = record(model, steps=STEPS, **recording)
-    assert failures(pipeline, arrays, tmp_path) == set()
-    altered = {**arrays, "image_cfg": arrays["image_cfg"] * np.float32(1.01)}
-    assert failures(pipeline, altered, tmp_path) == {"image_cfg"}

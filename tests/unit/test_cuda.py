@@ -164,7 +164,8 @@ def test_rows_go_on_with_their_prediction_through_windows_of_their_own(device, w
         arrays = {name: where.zeros(shape, np.float32) for name, shape in shapes.items()}
         for name, array in arrays.items():
             array[:] = values[name]
-        window, table = (where.zeros((rows,), np.int64), where.zeros((rows,), np.int64)), where.zeros((n, 5), np.float64)
+        window = where.zeros((rows,), np.int64), where.zeros((rows,), np.int64)
+        table = where.zeros((n, 5), np.float64)
         (window[0][:], window[1][:]), table[:] = np.transpose(windows), coefficients
         where.upload(*arrays.values(), *window, table)()
         path, mean, normals, *evaluated = arrays.values()
