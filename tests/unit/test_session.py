@@ -24,7 +24,7 @@ from specdec_rt.plan import Tuning
 BUNDLES = {name: load_bundle(name) for name in ("digits", "digits-mar")}
 CASES = {
     "target": {"mode": "target"},
-    "exact": {"mode": "exact", "draft_length": 3},
+    "exact": {"mode": "exact", "draft_length": 2},
     "strided draft": {"mode": "draft", "draft_steps": 12},
     "self": {"mode": "exact", "draft": "self"},
     "paper": {"mode": "paper", "tau": 4.0, "prefill": 0.2},
@@ -74,7 +74,7 @@ def test_images_are_the_hosts(host, gpu, name, case):
 # --- resumed speculation ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [STRIDED_SELF, {"mode": "exact", "draft": "small", "draft_length": 3}])
+@pytest.mark.parametrize("options", [STRIDED_SELF, {"mode": "exact", "draft": "small", "draft_length": 2}])
 @pytest.mark.parametrize("name", BUNDLES)
 def test_images_with_resumed_speculation_are_the_hosts(host, gpu, name, options):
     asked = {"seed": 8, **options, **ar_steps(name, 8)}
@@ -85,10 +85,10 @@ def test_images_with_resumed_speculation_are_the_hosts(host, gpu, name, options)
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_images_whose_suffixes_do_not_fit_one_call_are_the_hosts(host, gpu, name):
-    asked = {"seed": 8, **STRIDED_SELF, **ar_steps(name, 4)}
+    asked = {"seed": 8, "guidance": 1.0, **STRIDED_SELF, **ar_steps(name, 4)}
     width, n = BUNDLES[name].manifest.target.modulation_width, 23
     small = replace(RESUMES, capacity=Capacity(modulation_values=2 * width * n * 4))
-    assert small.capacity.paths_per_call(2, width, n) == 4
+    assert small.capacity.paths_per_call(1, width, n) == 4
     expected = host(name, RESUMES).generate(np.arange(8), **asked)
     found = gpu(name, small).generate(np.arange(8), **asked)
     assert largest_difference(found.tokens, expected.tokens) <= SAME_TO_ROUNDING
@@ -98,7 +98,8 @@ def test_images_are_the_hosts_when_requests_grow_and_shrink(host, cuda):
     """Modulation moves to more memory; what was recorded before keeps the memory that it had."""
     pipelines = host("digits", RESUMES), Pipeline(BUNDLES["digits"], FakeBackend(cuda.device), tuning=RESUMES)
     for images in (1, 8, 1, 4):
-        expected, found = (each.generate(np.arange(images), seed=8, **STRIDED_SELF).tokens for each in pipelines)
+        asked = {"seed": 8, "guidance": 1.0, **STRIDED_SELF}
+        expected, found = (each.generate(np.arange(images), **asked).tokens for each in pipelines)
         assert largest_difference(found, expected) <= SAME_TO_ROUNDING
 
 
@@ -151,7 +152,7 @@ def test_slots_shrink_with_the_batch(host, gpu):
 @pytest.mark.parametrize("name", BUNDLES)
 def test_a_second_request_allocates_nothing(cuda, gpu, name):
     """Shapes come again, and with them their buffers: memory does not grow."""
-    asked = {"seed": 1, **ar_steps(name, 6)}
+    asked = {"seed": 1, "draft_length": 2, "guidance": 1.0, **ar_steps(name, 6)}
     gpu(name).generate([1, 2, 3], **asked)
     gc.collect()
     cuda.device.wait()
