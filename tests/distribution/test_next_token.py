@@ -91,7 +91,7 @@ def target_tokens(contexts):
 
 def test_exact_draws_the_targets_next_token(contexts, target_tokens):
     target, draft, tokens, shares = contexts.target.head, contexts.draft.head, [], []
-    for noise, normals, z, draft_z, guidance in contexts.each(seed=2):
+    for noise, normals, z, draft_z, guidance in contexts.each(seed=4):
         drawn = draft.sample(draft_z, guidance, normals)
         token, _, accepted = verify(target, z, guidance, drawn, normals, noise)
         tokens.append(token)
