@@ -18,10 +18,10 @@ DRAFT_LENGTH = {"digits": 4, "digits-mar": 2}
 ACCEPTED = {"digits": 0.75, "digits-mar": 0.65}
 CALLS = {"digits": 0.45, "digits-mar": 0.8}
 """Share of the backbone calls of `target` mode that `exact` may take; a set of tokens stops at any rejection."""
-AT_A_TIME = 16
-"""Images that a core decodes together: as quick as any number, or quicker."""
 WORKERS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(os.cpu_count() or 1, 4)
 """One where other tests have the other cores. The images are the same."""
+BATCH_SIZE = 16 * WORKERS
+"""Images that a core decodes together are 16: as quick as any number, or quicker."""
 
 
 @pytest.fixture(scope="module", params=["digits", "digits-mar"])
@@ -43,7 +43,7 @@ def labels(request):
 
 @pytest.fixture(scope="module")
 def drawn(pipeline, labels):
-    return pipeline.generate(labels, seed=0, mode="target", batch_size=AT_A_TIME * WORKERS)
+    return pipeline.generate(labels, seed=0, mode="target", batch_size=BATCH_SIZE)
 
 
 def judge(classifier, result):
@@ -75,12 +75,12 @@ def test_images_of_a_class_differ(drawn):
 
 def test_exact_draws_what_target_draws(pipeline, classifier, labels, drawn):
     name = pipeline.bundle.manifest.name
-    exact = pipeline.generate(labels, seed=1, mode="exact", batch_size=AT_A_TIME * WORKERS, draft_length=DRAFT_LENGTH[name])
+    exact = pipeline.generate(labels, seed=1, mode="exact", batch_size=BATCH_SIZE, draft_length=DRAFT_LENGTH[name])
     assert compare(classifier, exact, drawn) > 0.01
     assert exact.stats.acceptance_rate >= ACCEPTED[name]
     assert exact.stats.target_backbone_calls <= CALLS[name] * drawn.stats.target_backbone_calls
 
 
 def test_the_small_draft_alone_is_seen(pipeline, classifier, labels, drawn):
-    draft = pipeline.generate(labels, seed=2, mode="draft", draft="small", batch_size=AT_A_TIME * WORKERS)
+    draft = pipeline.generate(labels, seed=2, mode="draft", draft="small", batch_size=BATCH_SIZE)
     assert compare(classifier, draft, drawn) <= 0.001
