@@ -70,23 +70,27 @@ class HostDevice:
         window: tuple[Array, Array],
         coefficients: Array,
     ) -> BoundCall:
-        """Transitions on a held x̂₀, unrolled into one product for all rows, or for each row if windows differ."""
+        """Transitions on a held x̂₀, unrolled into one product for all rows that share a window."""
         begins, ends = window
+        before, after, evaluated_mean = evaluated
 
         @lru_cache(maxsize=256)
-        def hold(first: int, last: int, begin: int, end: int) -> BoundCall:
-            rows = slice(first, last)
-            return _hold(
-                [array[rows] for array in (path, mean, normals, *evaluated)], begin, end, coefficients[begin:end]
-            )
+        def of_all_rows(begin: int, end: int) -> BoundCall:
+            states, means, noise = path[:, begin + 1 : end + 1], mean[:, begin:end], normals[:, begin + 2 : end + 1]
+            return _hold(states, means, noise, evaluated, coefficients[begin:end])
 
         def call() -> None:
-            windows = list(zip(begins.tolist(), ends.tolist(), strict=True))
-            if len(set(windows)) == 1:
-                hold(0, len(windows), *windows[0])()
+            windows = set(zip(begins.tolist(), ends.tolist(), strict=True))
+            if len(windows) == 1:
+                of_all_rows(*windows.pop())()
                 return
-            for row, (begin, end) in enumerate(windows):
-                hold(row, row + 1, begin, end)()
+            for begin, end in windows:
+                rows = np.flatnonzero((begins == begin) & (ends == end))
+                # Copies, as indices give them.
+                states, means = path[rows, begin + 1 : end + 1], mean[rows, begin:end]
+                some = before[rows], after[rows], evaluated_mean[rows]
+                _hold(states, means, normals[rows, begin + 2 : end + 1], some, coefficients[begin:end])()
+                path[rows, begin + 1 : end + 1], mean[rows, begin:end], after[rows] = states, means, some[1]
 
         return call
 
@@ -112,26 +116,29 @@ class HostDevice:
         return count
 
 
-def _hold(arrays: Sequence[Array], begin: int, end: int, coefficients: FloatArray) -> BoundCall:
-    """`linear_recurrence` of rows that share a window; `coefficients [end - begin, 5]` are the window's."""
-    path, mean, normals, before, after, evaluated_mean = arrays
-    if begin >= end:
+def _hold(
+    states: Array, means: Array, noise: Array, evaluated: tuple[Array, Array, Array], coefficients: FloatArray
+) -> BoundCall:
+    """`linear_recurrence` of rows that share a window of `steps` transitions; `coefficients [steps, 5]` are its own.
+
+    `states` and `means` are `[R, steps, D]`, those of the evaluated transition first; `noise` is `[R, steps - 1, D]`.
+    """
+    before, after, evaluated_mean = evaluated
+    if not len(coefficients):
         return lambda: np.copyto(after, before)
-    steps = end - begin - 1
+    held = len(coefficients) - 1
     unrolled = _unrolled(coefficients)
-    given, made = np.empty((3 + steps, *before.shape)), np.empty((2, steps, *before.shape))
-    flat_given, flat_made = given.reshape(3 + steps, before.size), made.reshape(2 * steps, before.size)
-    noise = normals[:, begin + 2 : end + 1].swapaxes(0, 1)
-    held_means, held_states = mean[:, begin + 1 : end].swapaxes(0, 1), path[:, begin + 2 : end + 1].swapaxes(0, 1)
-    first_mean, first_state, last_state = mean[:, begin], path[:, begin + 1], path[:, end]
+    given, made = np.empty((3 + held, *before.shape)), np.empty((2, held, *before.shape))
+    flat_given, flat_made = given.reshape(3 + held, before.size), made.reshape(2 * held, before.size)
+    held_means, held_states = means[:, 1:].swapaxes(0, 1), states[:, 1:].swapaxes(0, 1)
 
     def call() -> None:
-        first_mean[:], first_state[:] = evaluated_mean, after
-        if steps:
-            given[0], given[1], given[2], given[3:] = before, evaluated_mean, after, noise
+        means[:, 0], states[:, 0] = evaluated_mean, after
+        if held:
+            given[0], given[1], given[2], given[3:] = before, evaluated_mean, after, noise.swapaxes(0, 1)
             np.matmul(unrolled, flat_given, out=flat_made)
             held_means[:], held_states[:] = made
-            after[:] = last_state
+            after[:] = states[:, -1]
 
     return call
 
