@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from twosample import grouped_sliced_p_value
 
-from specdec_rt import DecodeOptions, load
+from specdec_rt import DecodeOptions, Pipeline
+from specdec_rt.backends.onnxruntime import OnnxRuntimeBackend
+from specdec_rt.bundle import load_bundle
+from specdec_rt.capacity import Capacity
 from specdec_rt.decode.head import Head
 from specdec_rt.decode.reference import verify
 from specdec_rt.families.position_batch import PositionBatch
 from specdec_rt.noise import NoiseSource, TokenNoise
+from specdec_rt.plan import Tuning
 
 SIZES = {"fast, the bundle's guidance": (8, 500, None), "full, no guidance": (64, 2000, 1.0)}
 CASES = [
@@ -18,6 +22,8 @@ CASES = [
     for bundle in ("digits", "digits-mar")
     for size, sizes in SIZES.items()
 ]
+FEW_PATHS_AT_A_TIME = Tuning(capacity=Capacity(states_per_call=2**11))
+"""Their modulation fits a core's caches: a third quicker where there are hundreds."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Contexts:
 def contexts(request):
     """Known tokens: in raster order before a position, or at random positions of MAR's."""
     bundle, count, draws, guidance = request.param
-    pipeline = load(bundle)
+    pipeline = Pipeline(load_bundle(bundle), OnnxRuntimeBackend(), tuning=FEW_PATHS_AT_A_TIME)
     manifest = pipeline.bundle.manifest
     rng = np.random.default_rng(0)
     labels = np.arange(count) % manifest.classes
