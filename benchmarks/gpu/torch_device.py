@@ -74,6 +74,12 @@ class TorchDevice:
         insort(self._begins, host.data_ptr())
         return np.asarray(host.numpy())
 
+    def stage(self, values: Array) -> Array:
+        """A copy of the values, and its device buffer."""
+        array = self.zeros(values.shape, values.dtype.type)
+        array[...] = values
+        return array
+
     def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
         """An array of zeros: torch takes any part of one."""
         return self.zeros(shape, dtype)

@@ -77,6 +77,10 @@ class Device(Protocol):
         """
         ...
 
+    def stage(self, values: Array) -> Array:
+        """A contiguous array with these values and its device buffer, not yet uploaded. It may be `values` itself."""
+        ...
+
     def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
         """An array of zeros whose entries along the first axis may each be bound to an engine.
 
@@ -182,9 +186,7 @@ def run_once(
     device: Device, engine: Engine, inputs: Mapping[str, Array], outputs: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Array]:
     """Run an engine once on host arrays, in buffers of its own; returns its float32 outputs, of these shapes."""
-    staged = {name: device.zeros(array.shape, array.dtype.type) for name, array in inputs.items()}
-    for name, array in inputs.items():
-        staged[name][...] = array
+    staged = {name: device.stage(array) for name, array in inputs.items()}
     made = {name: device.zeros(shape, np.float32) for name, shape in outputs.items()}
     device.upload(*staged.values())()
     engine.bind(staged, made, once=True)()

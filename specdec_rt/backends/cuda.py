@@ -79,6 +79,12 @@ class CudaDevice:
         self._allocations.add(array, int(memory.handle), lambda: dropped.extend(buffers))
         return array
 
+    def stage(self, values: Array) -> Array:
+        """A copy of the values in pinned memory, and its device buffer."""
+        array = self.zeros(values.shape, values.dtype.type)
+        array[...] = values
+        return array
+
     def scratch(self, size: int) -> int:
         """The address of so many bytes of scratch memory, which all engines use one after the other."""
         if not self._scratch or self._scratch[-1].size < size:

@@ -30,6 +30,10 @@ class HostDevice:
         """An array of zeros."""
         return np.zeros(shape, dtype)
 
+    def stage(self, values: Array) -> Array:
+        """The values themselves, if they are contiguous."""
+        return np.ascontiguousarray(values)
+
     def aligned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
         """An array of zeros: engines on the CPU accept any address."""
         return np.zeros(shape, dtype)

@@ -139,7 +139,9 @@ class Head:
         self, engine: Engine, given: dict[str, Array], names: list[str], shape: tuple[int, ...]
     ) -> dict[str, Array]:
         """Outputs, all of one shape. What is no index is cast to the float32 that graphs take."""
-        cast = {name: value if value.dtype == np.int64 else value.astype(np.float32) for name, value in given.items()}
+        cast = {
+            name: value if value.dtype == np.int64 else np.asarray(value, np.float32) for name, value in given.items()
+        }
         names = [*names, "std"] if self.learned_std else names
         return run_once(self.device, engine, cast | {"coefficients": self.coefficients}, dict.fromkeys(names, shape))
 
@@ -147,7 +149,12 @@ class Head:
         """`[steps, R, G, M]` of conditions `z [G, R, Z]`."""
         (branches, rows, _), width = z.shape, self.modulation_width
         row, step = np.tile(np.arange(rows), len(steps)), np.repeat(steps, rows)
-        inputs: dict[str, Array] = {"z": z.astype(np.float32), "row": row, "time_table": self.time_table, "step": step}
+        inputs: dict[str, Array] = {
+            "z": np.asarray(z, np.float32),
+            "row": row,
+            "time_table": self.time_table,
+            "step": step,
+        }
         made = run_once(self.device, self.engines.modulation, inputs, {"modulation": (len(row) * branches, width)})
         return made["modulation"].reshape(len(steps), rows, branches, width)
 
