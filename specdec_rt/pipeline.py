@@ -112,8 +112,8 @@ class Pipeline:
     ) -> None:
         self.bundle = bundle
         self.backend = backend
-        self.models = Models(bundle, backend, tuning or Tuning())
         self._tuning = tuning or Tuning()
+        self.models = Models(bundle, backend, self._tuning)
         self._exact_verifier = exact_verifier
         self._paper_verifier = paper_verifier
         self._workers = [self, *workers]

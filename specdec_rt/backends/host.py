@@ -77,11 +77,12 @@ class HostDevice:
         """Transitions on a held x̂₀, unrolled into one product for all rows that share a window."""
         begins, ends = window
         before, after, evaluated_mean = evaluated
+        unrolled = lru_cache(maxsize=256)(lambda begin, end: _unrolled(coefficients[begin:end]))
 
         @lru_cache(maxsize=256)
         def of_all_rows(begin: int, end: int) -> BoundCall:
             states, means, noise = path[:, begin + 1 : end + 1], mean[:, begin:end], normals[:, begin + 2 : end + 1]
-            return _hold(states, means, noise, evaluated, coefficients[begin:end])
+            return _hold(states, means, noise, evaluated, unrolled(begin, end))
 
         def call() -> None:
             windows = set(zip(begins.tolist(), ends.tolist(), strict=True))
@@ -93,7 +94,7 @@ class HostDevice:
                 # Copies, as indices give them.
                 states, means = path[rows, begin + 1 : end + 1], mean[rows, begin:end]
                 some = before[rows], after[rows], evaluated_mean[rows]
-                _hold(states, means, normals[rows, begin + 2 : end + 1], some, coefficients[begin:end])()
+                _hold(states, means, normals[rows, begin + 2 : end + 1], some, unrolled(begin, end))()
                 path[rows, begin + 1 : end + 1], mean[rows, begin:end], after[rows] = states, means, some[1]
 
         return call
@@ -121,17 +122,16 @@ class HostDevice:
 
 
 def _hold(
-    states: Array, means: Array, noise: Array, evaluated: tuple[Array, Array, Array], coefficients: FloatArray
+    states: Array, means: Array, noise: Array, evaluated: tuple[Array, Array, Array], unrolled: FloatArray
 ) -> BoundCall:
-    """`linear_recurrence` of rows that share a window of `steps` transitions; `coefficients [steps, 5]` are its own.
+    """`linear_recurrence` of rows that share a window of `steps` transitions, whose product is `unrolled`.
 
     `states` and `means` are `[R, steps, D]`, those of the evaluated transition first; `noise` is `[R, steps - 1, D]`.
     """
     before, after, evaluated_mean = evaluated
-    if not len(coefficients):
+    held = means.shape[1] - 1
+    if held < 0:
         return lambda: np.copyto(after, before)
-    held = len(coefficients) - 1
-    unrolled = _unrolled(coefficients)
     given, made = np.empty((3 + held, *before.shape)), np.empty((2, held, *before.shape))
     flat_given, flat_made = given.reshape(3 + held, before.size), made.reshape(2 * held, before.size)
     held_means, held_states = means[:, 1:].swapaxes(0, 1), states[:, 1:].swapaxes(0, 1)
@@ -153,6 +153,8 @@ def _unrolled(coefficients: FloatArray) -> FloatArray:
     They are linear in the state before the evaluated transition, its mean, the state after it, and the noise of each
     step; `coefficients [1 + steps, 5]` are those of the evaluated transition and of the others.
     """
+    if not len(coefficients):  # a row that stays where it is
+        return np.zeros((0, 0))
     given = np.eye(2 + len(coefficients))
     x0_pred = coefficients[0, 3] * given[0] + coefficients[0, 4] * given[1]
     state, means, states = given[2], [], []

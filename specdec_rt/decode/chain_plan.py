@@ -136,8 +136,9 @@ class FullChains(_Chains):
         self._step = (buffers.step if own_begin else buffers.fixed_step)[:count]
         self._made: list[tuple[slice, Array]] = []
         for made in _slices(count, len(buffers.modulation)):
-            steps, modulate = head.modulate(buffers.z, buffers.modulation[: made.stop - made.start])
-            self._made.append((made, steps))
+            steps = np.arange(made.start, made.stop)
+            modulation_steps, modulate = head.modulate(buffers.z, buffers.modulation[: len(steps)], steps)
+            self._made.append((made, modulation_steps))
             self.calls.append(modulate)
             for call in range(made.start, made.stop):
                 noise, modulation = buffers.noise[call], buffers.modulation[call - made.start]
@@ -146,17 +147,11 @@ class FullChains(_Chains):
         """`[R, D]`, in one piece"""
         for to, of in zip(arrays.drawn, buffers.made, strict=True):
             self.calls.append(device.copy(to, of[: to.shape[1]].swapaxes(0, 1)))
-        modulation_steps = [steps for _, steps in self._made]
-        self.inputs = [self._step, *modulation_steps] if own_begin else []
-        self._fill_modulation_steps()
-        device.upload(*modulation_steps)()
+        self.inputs = [self._step, *(steps for _, steps in self._made)] if own_begin else []
 
     def begin_at(self, begin: IntArray) -> None:
         """Row r begins before transition `begin[r]` of the whole chain."""
         self._step[:] = np.minimum(begin + np.arange(len(self._step))[:, None], self._transitions - 1)
-        self._fill_modulation_steps()
-
-    def _fill_modulation_steps(self) -> None:
         for made, steps in self._made:
             steps.reshape(made.stop - made.start, -1)[:] = self._step[made]
 
@@ -196,6 +191,7 @@ class StridedChains(_Chains):
         self._place_of_step = np.argsort(made)
 
         assert whole or not own_begin, "more rows than paths_per_call"
+        assert own_begin or step_mask[0], "rows without a first call"
         assert arrays.std is None, "a step that is left out has no learned std"
         calls = len(self._masked) + own_begin
         self.token = buffers.state[calls]
@@ -204,10 +200,8 @@ class StridedChains(_Chains):
         self._coefficients = head.constant(head.chain.hold_coefficients[self._first :])
         self.calls.append(device.copy(arrays.path, arrays.normals[:, :1]))
         for part in _slices(len(made), room):
-            steps, modulate = head.modulate(buffers.z, buffers.modulation[: part.stop - part.start])
-            steps[:] = np.repeat(self._first + made[part], rows)
-            device.upload(steps)()
-            self.calls.append(modulate)
+            to = buffers.modulation[: part.stop - part.start]
+            self.calls.append(head.modulate(buffers.z, to, self._first + made[part])[1])
             if own_begin:
                 self._call_at_own_begin(head)
             for masked in range(part.start, min(part.stop, len(self._masked))):

@@ -178,7 +178,6 @@ class Decoder:
         counters, ar_steps = self._counters, int(steps.sum())
         counters.rounds += len(steps)
         counters.draft_lengths.update(steps.tolist())
-        counters.committed += accepted + rejected
         counters.drafted += drafted
         counters.accepted += accepted
         counters.rejected += rejected

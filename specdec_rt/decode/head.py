@@ -160,10 +160,13 @@ class Head:
 
     # --- calls that others record -----------------------------------------------------------------------
 
-    def modulate(self, z: Array, made: Array) -> tuple[Array, BoundCall]:
-        """The call that makes `made [steps, R, G, M]` of `z [G, R, Z]`, and its input `[steps * R]`: which steps."""
-        device, (count, rows, _, width) = self.device, made.shape
-        row, step = self.constant(np.tile(np.arange(rows), count)), device.zeros((count * rows,), np.int64)
+    def modulate(self, z: Array, made: Array, steps: IntArray) -> tuple[Array, BoundCall]:
+        """The call that makes `made [steps, R, G, M]` of `z [G, R, Z]`, for these `steps` of all rows.
+
+        Its input `[steps * R]`, which step each row is at, comes first: the host may fill it anew.
+        """
+        count, rows, _, width = made.shape
+        row, step = self.constant(np.tile(np.arange(rows), count)), self.constant(np.repeat(steps, rows))
         inputs = {"z": z, "row": row, "time_table": self.time_table, "step": step}
         return step, self.engines.modulation.bind(inputs, {"modulation": made.reshape(-1, width)})
 
@@ -175,11 +178,9 @@ class Head:
         return self._modulation_buffer[:values].reshape(steps, rows, branches, self.modulation_width)
 
     def constant(self, values: Array) -> Array:
-        """An array on the device that never changes."""
-        array = self.device.zeros(values.shape, values.dtype.type)
-        array[:] = values
+        """The values on the device; whoever changes them uploads them again."""
+        array = self.device.stage(values)
         self.device.upload(array)()
-        self.device.wait()
         return array
 
     def bind_path_means(

@@ -30,9 +30,7 @@ def _evaluate_part(head: Head, z: Array, arrays: ChainArrays) -> tuple[Array, li
     conditions = device.zeros((branches, rows, head.z_dim), np.float32)
     z_row = device.zeros((branches * rows,), np.int64)
     modulation = head.modulation_buffer(branches, rows, n)
-    steps, modulate = head.modulate(conditions, modulation)
-    steps[:] = np.repeat(np.arange(n), rows)
-    device.upload(steps)()
+    _, modulate = head.modulate(conditions, modulation, np.arange(n))
     gather = device.gather(conditions.reshape(len(z_row), -1), z, z_row)
     means = head.bind_path_means(arrays.path, modulation, arrays.guidance, head.coefficients, arrays.mean)
     return z_row, [gather, modulate, *means]

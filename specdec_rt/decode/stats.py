@@ -13,8 +13,6 @@ class Counters:
     """Sums over images: a batched call for B images counts B."""
 
     rounds: int = 0
-    committed: int = 0
-    """tokens that rounds committed; prefilled ones are not among them"""
     drafted: int = 0
     """tokens that the draft proposed"""
     accepted: int = 0
@@ -27,6 +25,11 @@ class Counters:
     draft_lengths: Counter[int] = field(default_factory=Counter)
     """rounds by the AR steps drafted in them. Where the length is chosen automatically, 0 stands for the AR steps that
     the target made alone: those are no rounds"""
+
+    @property
+    def committed(self) -> int:
+        """Tokens that rounds committed; prefilled ones are not among them."""
+        return self.accepted + self.rejected
 
     def add(self, other: "Counters") -> None:
         """Take in what others counted."""
@@ -47,8 +50,7 @@ class Stats(Counters):
     @property
     def acceptance_rate(self) -> float | None:
         """Accepted / (accepted + rejected)."""
-        judged = self.accepted + self.rejected
-        return self.accepted / judged if judged else None
+        return self.accepted / self.committed if self.committed else None
 
     @property
     def tokens_per_round(self) -> float | None:

@@ -80,8 +80,7 @@ class Backbone(ABC):
         In `tokens [A, L, D]` every token of the AR steps before a row's own stands at its position.
         """
         device = self._device
-        token_buffer = device.zeros(tokens.shape, np.float32)
-        token_buffer[:] = tokens
+        token_buffer = device.stage(np.asarray(tokens, np.float32))
         call, rows = self.prepare(positions)
         steps = [device.upload(token_buffer, *call.inputs), *call.run(device, token_buffer), device.download(call.z)]
         for step in steps:

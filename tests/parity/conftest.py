@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from torch_threads import one_torch_thread
 
 from export import mar as command
 from export.checkpoints import build_mar, read_checkpoint
@@ -24,11 +25,8 @@ EXACT = ChainSpec(steps=8, t_max=975, drop_last=1, final_std=0.05, variance="lar
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """The models are too small for more: on busy cores torch's threads wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
+from torch_threads import one_torch_thread
 
 from benchmarks.gpu import measure
 from benchmarks.gpu.backends import Candidate, candidates
@@ -27,11 +27,8 @@ LATER = Deadline.after(1e9)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """These models are too small for two: torch's threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
+from torch_threads import one_torch_thread
 
 from benchmarks.gpu.torch_device import TorchBackend, TorchDevice
 from specdec_rt import DecodeOptions, Pipeline
@@ -14,11 +14,8 @@ from specdec_rt.plan import Tuning
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """These models are too small for two: torch's threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_torch_thread():
+        yield
 
 
 def torch_device(*buckets):
